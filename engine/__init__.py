@@ -1,0 +1,1 @@
+"""The decision core and the actors around it: no HTTP, no SQL."""

@@ -1,0 +1,361 @@
+"""One drop's actor: drains its mailbox, settles what is due, decides, and hands its part to the committer.
+
+It keeps two states. `committed` is what the ledger has said yes to, and the board shows it; `tentative` runs ahead by
+the parts that are still on their way. A part that fails takes everything decided on top of it along: the tentative
+state is made anew from the committed one, and what was asked is decided again.
+
+    mailbox ──turn──> part (waiting) ──taken by the committer──> part (in flight) ──> settle | fail | miss
+
+No await between reading the state and changing it: `turn` and everything that the committer calls is synchronous.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import msgspec
+import trio
+
+from engine.clock import Clock
+from engine.drop import Drop
+from engine.ledger import Change
+from engine.mailbox import Mailbox
+from engine.model import (
+    Command,
+    Create,
+    Decision,
+    DropId,
+    Event,
+    Expired,
+    Fault,
+    FaultCode,
+    Instant,
+    Outcome,
+    Receipt,
+    Refused,
+    Reply,
+    Reserve,
+    StoredReceipt,
+    Swept,
+)
+from engine.timer import Alarm
+
+GROWING = (Reserve, Create)  # commands that a database without room for new rows is not asked to take
+
+
+class Ask:
+    """A command on its way: who wants to know, under which key, and what was decided."""
+
+    __slots__ = ("command", "outcome", "receipt", "reply")
+
+    def __init__(self, command: Command, reply: Reply, receipt: Receipt | None) -> None:
+        self.command = command
+        self.reply = reply
+        self.receipt = receipt
+        self.outcome: Outcome | None = None
+
+
+class Part:
+    """What one drop adds to a batch: events and receipts to write, and the asks to answer after the commit."""
+
+    __slots__ = ("actor", "asks", "epoch", "events", "from_seq", "receipts")
+
+    def __init__(self, actor: "DropActor", from_seq: int) -> None:
+        self.actor = actor
+        self.epoch = actor.epoch
+        self.from_seq = from_seq
+        self.events: list[Event] = []
+        self.receipts: list[StoredReceipt] = []
+        self.asks: list[Ask] = []
+
+    def change(self) -> Change:
+        return Change(self.actor.drop_id, self.epoch, self.from_seq, self.events, self.receipts)
+
+
+class Load:
+    """How many commands were asked and not answered yet, over all drops; at most `in_flight_max`."""
+
+    __slots__ = ("in_flight", "in_flight_max", "in_flight_peak")
+
+    def __init__(self, in_flight_max: int) -> None:
+        self.in_flight = 0
+        self.in_flight_max = in_flight_max
+        self.in_flight_peak = 0
+
+
+class Desk(Protocol):
+    """What an actor needs of the committer: a place to hand parts to, and how the ledger does."""
+
+    fault: FaultCode | None
+
+    @property
+    def storage_full(self) -> bool: ...
+
+    def submit(self, part: Part) -> None: ...
+
+    def withdraw(self, part: Part) -> None: ...
+
+
+class GuardMissed(Exception):
+    """The drop's row is not as this engine left it: somebody else wrote to it."""
+
+
+class ActorStatistics(msgspec.Struct, frozen=True):
+    seq: int
+    epoch: int
+    mailbox_waiting: int
+    restarts: int
+
+
+class DropActor:
+    """The one writer of one drop. `run` it under the registry's supervision."""
+
+    def __init__(
+        self,
+        drop: Drop,
+        epoch: int,
+        *,
+        clock: Clock,
+        desk: Desk,
+        load: Load,
+        publish: Callable[[DropId, Event], None],
+        mailbox_max: int,
+        part_max: int,
+    ) -> None:
+        self.drop_id = drop.terms.id
+        self.committed = drop
+        self.epoch = epoch
+        self.mailbox: Mailbox[Ask] = Mailbox(mailbox_max)
+        self.in_flight: Part | None = None
+        self.fault: FaultCode | None = None  # set while this drop alone is out of service
+        self.restarts = 0
+        self.alarm: Alarm | None = None
+        self._tentative = drop.copy()
+        self._waiting: Part | None = None
+        self._broken: Exception | None = None
+        self._clock = clock
+        self._desk = desk
+        self._load = load
+        self._publish = publish
+        self._part_max = part_max
+        self._room = trio.lowlevel.ParkingLot()
+        self._landed = trio.lowlevel.ParkingLot()
+
+    # The actor's own task ----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until cancelled, or until something that must not happen has happened: then raise that."""
+        while True:
+            await self.mailbox.ready()
+            while self._broken is None and self._is_full():
+                await self._room.park()
+            if self._broken is not None:
+                raise self._broken
+            self.turn()
+
+    def turn(self) -> None:
+        """Settle what is due, then decide what was asked, as far as one part has room.
+
+        One instant for the whole turn: what is due at it has been settled before the first decision.
+        """
+        fault = self._desk.fault
+        if fault is not None:
+            self._answer_all(self.mailbox.take(len(self.mailbox)), Fault(fault))
+            return
+        now = self._clock.now()
+        expired = self._sweep(now)
+        asks = self.mailbox.take(self._part_max - self._size())
+        decided = 0
+        try:
+            for ask in asks:
+                if isinstance(self._decide(ask, now, expired), Swept):
+                    expired = 0  # told once
+                decided += 1
+        finally:  # a bug must not leave its callers waiting
+            self._answer_all(asks[decided:], Fault(FaultCode.RESTARTING))
+        if len(self.mailbox) or self.is_due(now):
+            self.mailbox.nudge()
+        elif self._waiting is None and self.in_flight is None:
+            self._set_alarm()
+
+    def _sweep(self, now: Instant) -> int:
+        """Apply what is due, as far as there is room; return how many holds expired."""
+        expired = 0
+        while not self._is_full():
+            event = self._tentative.due(now)
+            if event is None:
+                break
+            part = self._open_part()
+            self._tentative.apply(event)
+            part.events.append(event)
+            expired += isinstance(event, Expired)
+        return expired
+
+    def _decide(self, ask: Ask, now: Instant, expired: int) -> Outcome:
+        if isinstance(ask.command, GROWING) and self._desk.storage_full:
+            return self._answer(ask, Fault(FaultCode.STORAGE_FULL))
+        decision = self._tentative.decide(ask.command, now)
+        if isinstance(decision, Swept):
+            decision = Swept(expired, decision.seq)
+        ask.outcome = decision
+        if isinstance(decision, Refused | Swept):
+            rests_on = self._waiting or self.in_flight
+            if ask.receipt is not None:
+                rests_on = self._open_part()
+            # It changes nothing, but it may rest on what is not committed yet: then it is answered after that.
+            if rests_on is None:
+                return self._answer(ask, decision)
+            rests_on.asks.append(ask)
+        else:
+            part = self._open_part()
+            self._tentative.apply(decision)
+            part.events.append(decision)
+            part.asks.append(ask)
+        if ask.receipt is not None:
+            self._open_part().receipts.append(_stored(ask.receipt, decision, now))
+        return decision
+
+    def _open_part(self) -> Part:
+        if self._waiting is None:
+            self._waiting = Part(self, self._tentative.seq)
+            self._desk.submit(self._waiting)
+        return self._waiting
+
+    def _size(self) -> int:
+        part = self._waiting
+        return 0 if part is None else max(len(part.events), len(part.asks))
+
+    def _is_full(self) -> bool:
+        return self._size() >= self._part_max
+
+    # Called by the committer -------------------------------------------------------------------------
+
+    def take_part(self) -> Part:
+        """The waiting part, now in flight. The next one starts where this one ends."""
+        part = self._waiting
+        assert part is not None, "there is no part to take"
+        assert self.in_flight is None, "one part of a drop at a time"
+        self._waiting, self.in_flight = None, part
+        self._room.unpark_all()
+        return part
+
+    def settle(self, part: Part) -> None:
+        """The part is committed: make it so, tell the world, answer its callers."""
+        self._land(part)
+        try:
+            for event in part.events:
+                self.committed.apply(event)
+                self._publish(self.drop_id, event)
+        except AssertionError as bug:
+            self.break_down(bug)
+        for ask in part.asks:
+            assert ask.outcome is not None
+            self._answer(ask, ask.outcome)
+        self._set_alarm()
+
+    def fail(self, part: Part, code: FaultCode) -> None:
+        """Nothing of the part was written: say so, and decide again what was decided on top of it."""
+        self._land(part)
+        self._answer_all(part.asks, Fault(code))
+        self._start_over()
+
+    def retry_without_growth(self, part: Part) -> None:
+        """There was no room for the part: refuse what needs room, and decide the rest again."""
+        self._land(part)
+        growing = [ask for ask in part.asks if isinstance(ask.command, GROWING)]
+        rest = [ask for ask in part.asks if not isinstance(ask.command, GROWING)]
+        self._answer_all(growing, Fault(FaultCode.STORAGE_FULL))
+        self._start_over(rest)
+
+    def void_waiting(self, code: FaultCode) -> None:
+        """The ledger is out of reach: what was not sent has not happened, and is said so."""
+        if self._waiting is not None:
+            self._answer_all(self._drop_waiting(), Fault(code))
+            self._reset_tentative()
+        self._answer_all(self.mailbox.take(len(self.mailbox)), Fault(code))
+
+    def break_down(self, why: Exception) -> None:
+        """Stop this drop, and no other: its supervisor reloads it from the ledger."""
+        self._broken = why
+        self._room.unpark_all()
+        self.mailbox.nudge()
+
+    def _land(self, part: Part) -> None:
+        assert self.in_flight is part, "not the part that was sent"
+        self.in_flight = None
+        self._landed.unpark_all()
+
+    def _start_over(self, first: Iterable[Ask] = ()) -> None:
+        self.mailbox.put_back([*first, *self._drop_waiting()])
+        self._reset_tentative()
+        self.mailbox.nudge()
+
+    def _drop_waiting(self) -> list[Ask]:
+        part, self._waiting = self._waiting, None
+        if part is None:
+            return []
+        self._desk.withdraw(part)
+        self._room.unpark_all()
+        return part.asks
+
+    def _reset_tentative(self) -> None:
+        self._tentative = self.committed.copy()
+        if self.in_flight is not None:
+            for event in self.in_flight.events:
+                self._tentative.apply(event)
+
+    # Called by the registry --------------------------------------------------------------------------
+
+    def ask(self, ask: Ask) -> None:
+        """Take a command.
+
+        Raises:
+            MailboxFull: and it was not taken.
+        """
+        self.mailbox.put_nowait(ask)
+
+    def stop_serving(self, code: FaultCode) -> None:
+        """Answer everything that was not sent with `code`, and everything to come until `resume`."""
+        self.fault = code
+        self._answer_all(self._drop_waiting(), Fault(code))
+        self._answer_all(self.mailbox.take(len(self.mailbox)), Fault(code))
+
+    async def landed(self) -> None:
+        """Wait until no part of this drop is on its way."""
+        while self.in_flight is not None:
+            await self._landed.park()
+
+    def resume(self, drop: Drop, epoch: int) -> None:
+        """Go on from a state fresh from the ledger."""
+        assert self.in_flight is None
+        assert self._waiting is None
+        self.committed, self.epoch = drop, epoch
+        self._tentative = drop.copy()
+        self._broken = self.fault = None
+        self.mailbox.nudge()
+
+    def statistics(self) -> ActorStatistics:
+        return ActorStatistics(self.committed.seq, self.epoch, len(self.mailbox), self.restarts)
+
+    # Leaves ------------------------------------------------------------------------------------------
+
+    def _answer(self, ask: Ask, outcome: Outcome) -> Outcome:
+        self._load.in_flight -= 1
+        ask.reply(outcome)
+        return outcome
+
+    def _answer_all(self, asks: Iterable[Ask], fault: Fault) -> None:
+        for ask in asks:
+            self._answer(ask, fault)
+
+    def is_due(self, now: Instant) -> bool:
+        deadline = self._tentative.next_deadline()
+        return deadline is not None and deadline <= now
+
+    def _set_alarm(self) -> None:
+        if self.alarm is not None:
+            self.alarm.set(self._tentative.next_deadline())
+
+
+def _stored(receipt: Receipt, decision: Decision, now: Instant) -> StoredReceipt:
+    answer = receipt.render(decision)
+    return StoredReceipt(receipt.user_id, receipt.operation, receipt.key, receipt.fingerprint, answer, now)

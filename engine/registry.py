@@ -1,0 +1,362 @@
+"""Starts, finds, restarts and stops drop actors; the door through which commands come in.
+
+`ask` is synchronous: it hands a command to its drop or answers at once why it can't. A crashed actor is reloaded from
+the ledger and goes on, and no other drop notices; one that another engine took over is let go.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import msgspec
+import structlog
+import trio
+
+from engine.actor import Ask, DropActor, Load
+from engine.board import Board
+from engine.clock import Clock
+from engine.committer import Committer
+from engine.drop import Drop
+from engine.ledger import Change, Ledger, Unavailable
+from engine.mailbox import MailboxFull
+from engine.model import (
+    Command,
+    Create,
+    DropCreated,
+    DropId,
+    Event,
+    Fault,
+    FaultCode,
+    Outcome,
+    Receipt,
+    RefusalCode,
+    Refused,
+    Reply,
+    Sweep,
+    Swept,
+)
+from engine.publisher import Publisher
+from engine.timer import Timer
+
+log = structlog.get_logger()
+
+RESTART_S = 0.05  # before the first reload of a crashed drop; doubles with each crash that follows soon
+RESTART_MAX_S = 10.0
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """The engine's bounds.
+
+    `in_flight_max`: commands asked and not answered, over all drops. `mailbox_max`: of these, waiting for one drop.
+    `part_max`: what one drop adds to one batch. `batch_max`: events or receipts of one commit. `stall_s`: a commit
+    that takes longer counts as an outage. `answer_s`: how long `call` waits for an outcome.
+    """
+
+    in_flight_max: int = 20_000
+    mailbox_max: int = 8_192
+    part_max: int = 512
+    batch_max: int = 1_024
+    stall_s: float = 0.9
+    answer_s: float = 5.0
+
+
+class RegistryStatistics(msgspec.Struct, frozen=True):
+    drops: int
+    in_flight: int
+    in_flight_max: int
+    in_flight_peak: int
+    restarts: int
+
+
+class Registry:
+    """Made by `running`; every drop that can still change by itself has an actor from the start on."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        clock: Clock,
+        committer: Committer,
+        timer: Timer,
+        publisher: Publisher,
+        limits: Limits,
+    ) -> None:
+        self.board = Board()
+        self.clock = clock
+        self.answer_s = limits.answer_s
+        self.fault: FaultCode | None = None
+        self._ledger = ledger
+        self._committer = committer
+        self._timer = timer
+        self._publisher = publisher
+        self._limits = limits
+        self._load = Load(limits.in_flight_max)
+        self._actors: dict[DropId, DropActor] = {}
+        self._scopes: dict[DropId, trio.CancelScope] = {}
+        self._lost: set[DropId] = set()
+        self._finding = trio.Lock()
+        self._restarts = 0
+        self._nursery: trio.Nursery | None = None
+
+    # Asking ------------------------------------------------------------------------------------------
+
+    def ask(self, drop_id: DropId, command: Command, reply: Reply, receipt: Receipt | None = None) -> None:
+        """Hand a command to its drop; `reply` is called once, maybe before this returns, maybe long after."""
+        actor = self._actors.get(drop_id)
+        refusal = self._refusal(drop_id, actor)
+        if refusal is not None:
+            reply(refusal)
+            return
+        assert actor is not None
+        load = self._load
+        try:
+            actor.ask(Ask(command, reply, receipt))
+        except MailboxFull:
+            reply(Fault(FaultCode.OVERLOADED))
+            return
+        load.in_flight += 1
+        load.in_flight_peak = max(load.in_flight, load.in_flight_peak)
+
+    def create(self, command: Create, reply: Reply, receipt: Receipt | None = None) -> None:
+        """Bring a drop into the world; like `ask`. Nobody sees it before its commit."""
+        fault = self.fault or self._committer.fault
+        if fault is not None:
+            reply(Fault(fault))
+            return
+        drop_id = command.terms.id
+        assert drop_id not in self._actors, "a drop is born once"
+        self._start(Drop(command.terms, command.status), epoch=1)
+
+        def born(outcome: Outcome) -> None:
+            if not isinstance(outcome, DropCreated):
+                self._retire(drop_id)
+            reply(outcome)
+
+        self.ask(drop_id, command, born, receipt)
+
+    async def call(self, drop_id: DropId, command: Command) -> Outcome:
+        """`ask`, and wait for the outcome."""
+        return await self.wait_for(lambda reply: self.ask(drop_id, command, reply))
+
+    async def wait_for(self, ask: Callable[[Reply], None]) -> Outcome:
+        """Wait for the outcome of what `ask` hands over, at most `answer_s`: then it is `OUTCOME_UNKNOWN`.
+
+        Cancelling the caller does not cancel the command.
+        """
+        waiter = _Waiter()
+        ask(waiter.deliver)
+        with trio.move_on_after(self.answer_s):
+            await waiter.event.wait()
+        return waiter.outcome
+
+    async def find(self, drop_id: DropId) -> bool:
+        """Have the drop on the board: load it if it exists and is not there yet. False: there is none.
+
+        Raises:
+            Unavailable: it is not in memory, and the ledger is out of reach.
+        """
+        if self.board.drop(drop_id) is not None or drop_id in self._lost:
+            return True
+        async with self._finding:
+            if drop_id in self._actors:
+                return self.board.drop(drop_id) is not None
+            for record in await self._ledger.take_over([drop_id]):
+                self._start(Drop.restored(record), record.epoch)
+            return drop_id in self._actors
+
+    async def expire_now(self) -> dict[DropId, int]:
+        """Settle everything that is due this instant; how many holds expired, by drop."""
+        now = self.clock.now()
+        expired: dict[DropId, int] = {}
+
+        async def sweep(drop_id: DropId) -> None:
+            outcome = await self.call(drop_id, Sweep())
+            if isinstance(outcome, Swept) and outcome.expired:
+                expired[drop_id] = outcome.expired
+
+        async with trio.open_nursery() as nursery:
+            for drop_id, actor in list(self._actors.items()):
+                if actor.is_due(now):
+                    nursery.start_soon(sweep, drop_id)
+        return expired
+
+    @property
+    def is_faulty(self) -> bool:
+        """Whether no command can be taken right now: the ledger is out of reach, or we are stopping."""
+        return (self.fault or self._committer.fault) is not None
+
+    def statistics(self) -> RegistryStatistics:
+        load = self._load
+        return RegistryStatistics(
+            len(self._actors), load.in_flight, load.in_flight_max, load.in_flight_peak, self._restarts
+        )
+
+    def _refusal(self, drop_id: DropId, actor: DropActor | None) -> Fault | Refused | None:
+        fault = self.fault or self._committer.fault
+        if fault is not None:
+            return Fault(fault)
+        if actor is None:
+            return Fault(FaultCode.FENCED) if drop_id in self._lost else Refused(RefusalCode.DROP_NOT_FOUND, 0)
+        if actor.fault is not None:
+            return Fault(actor.fault)
+        if self._load.in_flight >= self._load.in_flight_max:
+            return Fault(FaultCode.OVERLOADED)
+        return None
+
+    # The life of actors ------------------------------------------------------------------------------
+
+    async def open(self, nursery: trio.Nursery) -> None:
+        """Take over and start every drop that can still change by itself.
+
+        Raises:
+            Unavailable: the ledger is out of reach; nothing was started.
+        """
+        self._nursery = nursery
+        for record in await self._ledger.take_over(None):
+            if record.terms.id not in self._actors:
+                self._start(Drop.restored(record), record.epoch)
+
+    async def drain(self) -> None:
+        """Take no more commands, and wait until all that were taken are answered."""
+        self.fault = FaultCode.STOPPING
+        while self._load.in_flight:
+            await self._committer.idle()
+            await trio.sleep(0.001)
+        await self._committer.idle()
+
+    def _start(self, drop: Drop, epoch: int) -> None:
+        assert self._nursery is not None, "the registry is not open"
+        drop_id = drop.terms.id
+        actor = DropActor(
+            drop,
+            epoch,
+            clock=self.clock,
+            desk=self._committer,
+            load=self._load,
+            publish=self._publish,
+            mailbox_max=self._limits.mailbox_max,
+            part_max=self._limits.part_max,
+        )
+        actor.alarm = self._timer.alarm(actor.mailbox.nudge)
+        self._actors[drop_id] = actor
+        if drop.seq:
+            self.board.show(drop)
+        actor.mailbox.nudge()
+        self._nursery.start_soon(self._supervise, actor)
+
+    def _publish(self, drop_id: DropId, event: Event) -> None:
+        if isinstance(event, DropCreated):
+            self.board.show(self._actors[drop_id].committed)
+        else:
+            self.board.committed(drop_id, event)
+        self._publisher.publish(drop_id, event)
+
+    def _retire(self, drop_id: DropId) -> None:
+        """End a drop's actor here: it was never born, or belongs to another engine."""
+        self._actors.pop(drop_id, None)
+        self.board.forget(drop_id)
+        scope = self._scopes.pop(drop_id, None)
+        if scope is not None:
+            scope.cancel()
+
+    async def _supervise(self, actor: DropActor) -> None:
+        with trio.CancelScope() as scope:
+            if actor.drop_id not in self._actors:
+                return  # retired before it began
+            self._scopes[actor.drop_id] = scope
+            while True:
+                try:
+                    await actor.run()
+                except Exception as bug:
+                    log.error("drop_stopped", drop_id=actor.drop_id, reason=repr(bug), exc_info=bug)
+                await self._restart(actor)
+
+    async def _restart(self, actor: DropActor) -> None:
+        """Reload a crashed drop from the ledger, if it is still ours; recovery after a start is the same code."""
+        actor.stop_serving(FaultCode.RESTARTING)
+        actor.restarts += 1
+        self._restarts += 1
+        pause_s = min(RESTART_S * 2 ** (actor.restarts - 1), RESTART_MAX_S)
+        await actor.landed()
+        while True:
+            await trio.sleep(pause_s)
+            try:
+                await self._reload(actor)
+                return
+            except Unavailable:
+                log.warning("drop_reload_waits", drop_id=actor.drop_id)
+            except AssertionError as bug:
+                log.error("drop_broken", drop_id=actor.drop_id, reason=str(bug))
+                pause_s = RESTART_MAX_S
+
+    async def _reload(self, actor: DropActor) -> None:
+        drop_id = actor.drop_id
+        # An empty change asks only: is it still ours? It fences off whatever of ours may still be under way.
+        standing = Change(drop_id, actor.epoch, actor.committed.seq, (), ())
+        resolution = (await self._ledger.resolve([standing]))[drop_id]
+        if resolution.epoch is None:
+            self.drop_lost(drop_id)
+            return
+        actor.epoch = resolution.epoch
+        (record,) = await self._ledger.take_over([drop_id])
+        actor.epoch = record.epoch
+        drop = Drop.restored(record)
+        self.board.show(drop)
+        actor.resume(drop, record.epoch)
+        log.warning("drop_restarted", drop_id=drop_id, epoch=record.epoch, seq=record.seq)
+
+    # What the committer tells ------------------------------------------------------------------------
+
+    def ledger_lost(self, code: FaultCode) -> None:
+        for actor in self._actors.values():
+            actor.void_waiting(code)
+
+    def ledger_found(self) -> None:
+        for actor in self._actors.values():
+            actor.mailbox.nudge()
+
+    def drop_lost(self, drop_id: DropId) -> None:
+        log.error("drop_owned_elsewhere", drop_id=drop_id)
+        self._lost.add(drop_id)
+        actor = self._actors.get(drop_id)
+        if actor is not None:
+            actor.stop_serving(FaultCode.FENCED)
+            self._retire(drop_id)
+
+
+class _Waiter:
+    """One caller waiting for one outcome."""
+
+    __slots__ = ("event", "outcome")
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.outcome: Outcome = Fault(FaultCode.UNKNOWN)
+
+    def deliver(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.event.set()
+
+
+@asynccontextmanager
+async def running(
+    ledger: Ledger, clock: Clock, publisher: Publisher, limits: Limits | None = None
+) -> AsyncIterator[Registry]:
+    """The engine: committer around registry around actors and timer, ended in the reverse order.
+
+    Raises:
+        Unavailable: the ledger is out of reach; ask again.
+    """
+    limits = limits or Limits()
+    committer = Committer(ledger, batch_max=limits.batch_max, stall_s=limits.stall_s)
+    timer = Timer(clock)
+    registry = Registry(ledger, clock, committer, timer, publisher, limits)
+    committer.outage = registry
+    async with trio.open_nursery() as committing:
+        committing.start_soon(committer.run)
+        async with trio.open_nursery() as acting:
+            acting.start_soon(timer.run)
+            await registry.open(acting)
+            try:
+                yield registry
+            finally:
+                acting.cancel_scope.cancel()
+        committing.cancel_scope.cancel()
