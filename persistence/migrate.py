@@ -1,0 +1,100 @@
+"""Runs the migrations, and says which revision a database has. Synchronous: it runs before the engine starts.
+
+Any number of processes may upgrade one database at once: an advisory lock lets them in one after the other,
+and whoever comes second finds nothing left to do. A run is one transaction: it happens as a whole or not at
+all.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+import migrations
+
+# "holdmigr" in ASCII; any number does that nobody else in the database uses.
+_LOCK = int.from_bytes(b"holdmigr")
+
+
+class SchemaOutdated(Exception):
+    """The database's schema is not the one that this code was written for. The message says what to do."""
+
+
+def upgrade(dsn: str, revision: str = "head") -> None:
+    """Bring the schema up to `revision`. Waits for another upgrade that is under way."""
+    _run(dsn, lambda config: command.upgrade(config, revision))
+
+
+def downgrade(dsn: str, revision: str) -> None:
+    """Take the schema back to `revision`; "base" leaves nothing behind. Data goes with its tables."""
+
+    def down(config: Config) -> None:
+        command.downgrade(config, revision)
+        if revision == "base":
+            config.attributes["connection"].execute(sa.text("DROP TABLE IF EXISTS alembic_version"))
+
+    _run(dsn, down)
+
+
+def current(dsn: str) -> str | None:
+    """The revision that the database has; None where it has no schema yet."""
+    with _connection(dsn) as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def head() -> str:
+    """The revision that this code was written for."""
+    revision = ScriptDirectory.from_config(_config()).get_current_head()
+    assert revision is not None
+    return revision
+
+
+def require(found: str | None) -> None:
+    """Check the revision that a database has against the one this code needs.
+
+    Raises:
+        SchemaOutdated: they differ.
+    """
+    needed = head()
+    if found == needed:
+        return
+    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if found is None or found in known:
+        raise SchemaOutdated(
+            f"the database has schema {found or '(none)'}, this version needs {needed}: run `holdfast migrate`"
+        )
+    raise SchemaOutdated(
+        f"the database has schema {found}, which is newer than this version's {needed}: run a newer holdfast"
+    )
+
+
+def _run(dsn: str, work: Callable[[Config], None]) -> None:
+    with _connection(dsn) as connection:
+        # A session lock, so it is held past the transaction and released with the connection.
+        connection.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _LOCK})
+        connection.commit()
+        config = _config()
+        config.attributes["connection"] = connection
+        work(config)
+        connection.commit()
+
+
+def _config() -> Config:
+    config = Config()
+    location = str(Path(migrations.__file__).parent)
+    config.set_main_option("script_location", location.replace("%", "%%"))
+    return config
+
+
+@contextmanager
+def _connection(dsn: str) -> Iterator[sa.Connection]:
+    # creator: libpq reads the DSN itself, so every form it knows works, a socket directory as host too.
+    engine = sa.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(dsn), poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        yield connection
