@@ -132,6 +132,7 @@ class DropActor:
         self._tentative = drop.copy()
         self._waiting: Part | None = None
         self._broken: Exception | None = None
+        self._untold = 0  # holds expired since a `Sweep` waits that did not fit into the turn
         self._clock = clock
         self._desk = desk
         self._load = load
@@ -162,7 +163,7 @@ class DropActor:
             self._answer_all(self.mailbox.take(len(self.mailbox)), Fault(fault))
             return
         now = self._clock.now()
-        expired = self._sweep(now)
+        expired = self._untold + self._sweep(now)
         asks = self.mailbox.take(self._part_max - self._size())
         decided = 0
         try:
@@ -172,10 +173,13 @@ class DropActor:
                 decided += 1
         finally:  # a bug must not leave its callers waiting
             self._answer_all(asks[decided:], Fault(FaultCode.RESTARTING))
+        # A `Sweep` that had no room in this turn is told in its own what was expired for it in this one.
+        self._untold = expired if len(self.mailbox) else 0
         if len(self.mailbox) or self.is_due(now):
             self.mailbox.nudge()
-        elif self._waiting is None and self.in_flight is None:
-            self._set_alarm()
+        # Also while a part is on its way: what falls due meanwhile belongs in the very next batch.
+        elif self.alarm is not None:
+            self.alarm.set(self._tentative.next_deadline())
 
     def _sweep(self, now: Instant) -> int:
         """Apply what is due, as far as there is room; return how many holds expired."""
@@ -197,9 +201,11 @@ class DropActor:
         if isinstance(decision, Swept):
             decision = Swept(expired, decision.seq)
         ask.outcome = decision
+        # Before anything is changed: an answer that can't be rendered must not leave half a command behind.
+        stored = None if ask.receipt is None else _stored(ask.receipt, decision, now)
         if isinstance(decision, Refused | Swept):
             rests_on = self._waiting or self.in_flight
-            if ask.receipt is not None:
+            if stored is not None:
                 rests_on = self._open_part()
             # It changes nothing, but it may rest on what is not committed yet: then it is answered after that.
             if rests_on is None:
@@ -210,8 +216,8 @@ class DropActor:
             self._tentative.apply(decision)
             part.events.append(decision)
             part.asks.append(ask)
-        if ask.receipt is not None:
-            self._open_part().receipts.append(_stored(ask.receipt, decision, now))
+        if stored is not None:
+            self._open_part().receipts.append(stored)
         return decision
 
     def _open_part(self) -> Part:
@@ -250,7 +256,6 @@ class DropActor:
         for ask in part.asks:
             assert ask.outcome is not None
             self._answer(ask, ask.outcome)
-        self._set_alarm()
 
     def fail(self, part: Part, code: FaultCode) -> None:
         """Nothing of the part was written: say so, and decide again what was decided on top of it."""
@@ -350,10 +355,6 @@ class DropActor:
     def is_due(self, now: Instant) -> bool:
         deadline = self._tentative.next_deadline()
         return deadline is not None and deadline <= now
-
-    def _set_alarm(self) -> None:
-        if self.alarm is not None:
-            self.alarm.set(self._tentative.next_deadline())
 
 
 def _stored(receipt: Receipt, decision: Decision, now: Instant) -> StoredReceipt:

@@ -76,7 +76,8 @@ class Board:
 
     def holds_of(self, user_id: UserId) -> tuple[Hold, ...]:
         """The user's committed holds, oldest first. Some may have run out this instant: compare `expires_at`."""
-        return self._holds.get(user_id, ())
+        # Drops are loaded in any order, so their holds come in any order; nearly always there is one.
+        return tuple(sorted(self._holds.get(user_id, ()), key=lambda hold: hold.created_at))
 
     def _list(self, drop: Drop) -> None:
         if drop.status not in LISTED:

@@ -63,6 +63,7 @@ class Committer:
         self._work = trio.lowlevel.ParkingLot()
         self._idle = trio.lowlevel.ParkingLot()
         self._full_until = -math.inf
+        self._rest_until = -math.inf
         self._sent_at: float | None = None
         self._sent = trio.lowlevel.ParkingLot()
         self._batches = self._events = self._rejected = self._in_doubt = self._guards_missed = 0
@@ -89,6 +90,9 @@ class Committer:
                 while not self._waiting:
                     self._idle.unpark_all()
                     await self._work.park()
+                if trio.current_time() < self._rest_until:
+                    await trio.sleep_until(self._rest_until)
+                    continue  # what waited may have been withdrawn meanwhile
                 await self._commit(self._take_batch(), alone_next=True)
 
     async def idle(self) -> None:
@@ -141,10 +145,11 @@ class Committer:
         except Rejected as fault:
             self._rejected += 1
             self._sent_at = None
+            self._ledger_answered()  # it may have taken so long that it counted as an outage
             if alone_next:
                 await self._commit_each_alone(parts)
             else:
-                await self._give_up(parts[0], fault)
+                self._give_up(parts[0], fault)
         else:
             self._batches += 1
             self._events += sum(len(change.events) for change in batch)
@@ -154,8 +159,7 @@ class Committer:
 
     def _settle(self, parts: list[Part], hit: frozenset[DropId]) -> None:
         self._sent_at = None
-        if self.fault is not None:
-            self._ledger_answered()
+        self._ledger_answered()
         for part in parts:
             if part.actor.drop_id in hit:
                 part.actor.settle(part)
@@ -174,7 +178,7 @@ class Committer:
             else:
                 part.actor.fail(part, self.fault)
 
-    async def _give_up(self, part: Part, fault: Rejected) -> None:
+    def _give_up(self, part: Part, fault: Rejected) -> None:
         """A part was rejected twice, the second time alone: its drop pays for it."""
         drop_id = part.actor.drop_id
         if not isinstance(fault, StorageFull):
@@ -188,8 +192,8 @@ class Committer:
             part.actor.retry_without_growth(part)
         else:
             part.actor.fail(part, FaultCode.STORAGE_FULL)
-        # What is due stays due and is tried again; not in a busy loop.
-        await trio.sleep(RETRY_S)
+            # What is due stays due and is tried again; not in a busy loop, and not once for each drop.
+            self._rest_until = trio.current_time() + RETRY_S
 
     async def _resolve(self, parts: list[Part], doubt: InDoubt) -> None:
         """Keep the batch's drops frozen until it is known what became of it; then answer with the truth."""
@@ -211,7 +215,8 @@ class Committer:
                 part.actor.settle(part)
             else:
                 part.actor.fail(part, FaultCode.UNAVAILABLE)
-            if resolution.epoch is None and self.outage is not None:
+            was_never_born = part.from_seq == 0 and not resolution.committed
+            if resolution.epoch is None and not was_never_born and self.outage is not None:
                 self.outage.drop_lost(part.actor.drop_id)
         self._ledger_answered()
 

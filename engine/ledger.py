@@ -77,6 +77,16 @@ class Ledger(Protocol):
         """
         ...
 
+    async def reclaim(self, drop_id: DropId, epoch: int) -> DropRecord | None:
+        """Take over and load a drop that this engine owned at `epoch`; None if another engine has it since.
+
+        For an actor that stopped: it goes on from the ledger, but never fights for its drop.
+
+        Raises:
+            Unavailable: out of reach; ask again.
+        """
+        ...
+
     async def commit(self, batch: Batch) -> frozenset[DropId]:
         """Make durable every change whose guard hits, in one round trip; return the drops whose guard hit.
 
@@ -93,7 +103,8 @@ class Ledger(Protocol):
         """Learn what became of a batch in doubt, and fence off whatever of it may still be under way.
 
         Takes each drop over again behind its row lock, which waits for the old transaction, whichever way it
-        ends. A birth that did not commit is absent from the ledger and stays so.
+        ends. A birth that did not commit is absent from the ledger and stays so. With an empty batch this only
+        shows that the ledger is in reach.
 
         Raises:
             Unavailable: out of reach; the doubt stays, ask again.

@@ -60,6 +60,7 @@ class FaultCode(StrEnum):
     STOPPING = "SERVER_STOPPING"  # the server is going down; nothing happened
     RESTARTING = "DROP_RESTARTING"  # this drop's actor stopped and reloads; nothing happened
     FENCED = "DROP_OWNED_ELSEWHERE"  # another engine took this drop over; nothing happened
+    BROKEN = "DROP_OUT_OF_SERVICE"  # what the ledger holds of this drop contradicts itself; nothing happened
 
 
 class Hold(msgspec.Struct, frozen=True, gc=False):

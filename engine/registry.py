@@ -4,7 +4,7 @@
 the ledger and goes on, and no other drop notices; one that another engine took over is let go.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -16,13 +16,14 @@ from engine.board import Board
 from engine.clock import Clock
 from engine.committer import Committer
 from engine.drop import Drop
-from engine.ledger import Change, Ledger, Unavailable
+from engine.ledger import Ledger, Unavailable
 from engine.mailbox import MailboxFull
 from engine.model import (
     Command,
     Create,
     DropCreated,
     DropId,
+    DropRecord,
     Event,
     Fault,
     FaultCode,
@@ -91,7 +92,7 @@ class Registry:
         self._load = Load(limits.in_flight_max)
         self._actors: dict[DropId, DropActor] = {}
         self._scopes: dict[DropId, trio.CancelScope] = {}
-        self._lost: set[DropId] = set()
+        self._out_of_service: dict[DropId, FaultCode] = {}
         self._finding = trio.Lock()
         self._restarts = 0
         self._nursery: trio.Nursery | None = None
@@ -147,20 +148,20 @@ class Registry:
             await waiter.event.wait()
         return waiter.outcome
 
-    async def find(self, drop_id: DropId) -> bool:
-        """Have the drop on the board: load it if it exists and is not there yet. False: there is none.
+    async def find(self, drop_id: DropId) -> Drop | Fault | None:
+        """A drop's committed state, loaded from the ledger if it is not in memory; None: there is no such drop.
+
+        A Fault for a drop that exists but is out of service here.
 
         Raises:
             Unavailable: it is not in memory, and the ledger is out of reach.
         """
-        if self.board.drop(drop_id) is not None or drop_id in self._lost:
-            return True
         async with self._finding:
-            if drop_id in self._actors:
-                return self.board.drop(drop_id) is not None
-            for record in await self._ledger.take_over([drop_id]):
-                self._start(Drop.restored(record), record.epoch)
-            return drop_id in self._actors
+            if drop_id not in self._actors and drop_id not in self._out_of_service:
+                for record in await self._ledger.take_over([drop_id]):
+                    self._adopt(record)
+        out = self._out_of_service.get(drop_id)
+        return self.board.drop(drop_id) if out is None else Fault(out)
 
     async def expire_now(self) -> dict[DropId, int]:
         """Settle everything that is due this instant; how many holds expired, by drop."""
@@ -194,7 +195,8 @@ class Registry:
         if fault is not None:
             return Fault(fault)
         if actor is None:
-            return Fault(FaultCode.FENCED) if drop_id in self._lost else Refused(RefusalCode.DROP_NOT_FOUND, 0)
+            out = self._out_of_service.get(drop_id)
+            return Refused(RefusalCode.DROP_NOT_FOUND, 0) if out is None else Fault(out)
         if actor.fault is not None:
             return Fault(actor.fault)
         if self._load.in_flight >= self._load.in_flight_max:
@@ -203,16 +205,11 @@ class Registry:
 
     # The life of actors ------------------------------------------------------------------------------
 
-    async def open(self, nursery: trio.Nursery) -> None:
-        """Take over and start every drop that can still change by itself.
-
-        Raises:
-            Unavailable: the ledger is out of reach; nothing was started.
-        """
+    def open(self, nursery: trio.Nursery, records: Iterable[DropRecord]) -> None:
+        """Start every drop that was taken over."""
         self._nursery = nursery
-        for record in await self._ledger.take_over(None):
-            if record.terms.id not in self._actors:
-                self._start(Drop.restored(record), record.epoch)
+        for record in records:
+            self._adopt(record)
 
     async def drain(self) -> None:
         """Take no more commands, and wait until all that were taken are answered."""
@@ -221,6 +218,17 @@ class Registry:
             await self._committer.idle()
             await trio.sleep(0.001)
         await self._committer.idle()
+
+    def _adopt(self, record: DropRecord) -> None:
+        """Start a drop that was taken over; one whose state contradicts itself is left alone, loudly."""
+        drop_id = record.terms.id
+        try:
+            drop = Drop.restored(record)
+        except AssertionError as bug:
+            log.error("drop_broken", drop_id=drop_id, reason=str(bug))
+            self._out_of_service[drop_id] = FaultCode.BROKEN
+        else:
+            self._start(drop, record.epoch)
 
     def _start(self, drop: Drop, epoch: int) -> None:
         assert self._nursery is not None, "the registry is not open"
@@ -262,19 +270,23 @@ class Registry:
             if actor.drop_id not in self._actors:
                 return  # retired before it began
             self._scopes[actor.drop_id] = scope
+            pause_s = RESTART_S
             while True:
+                started_at = trio.current_time()
                 try:
                     await actor.run()
                 except Exception as bug:
                     log.error("drop_stopped", drop_id=actor.drop_id, reason=repr(bug), exc_info=bug)
-                await self._restart(actor)
+                if trio.current_time() - started_at > RESTART_MAX_S:
+                    pause_s = RESTART_S
+                await self._restart(actor, pause_s)
+                pause_s = min(2 * pause_s, RESTART_MAX_S)
 
-    async def _restart(self, actor: DropActor) -> None:
+    async def _restart(self, actor: DropActor, pause_s: float) -> None:
         """Reload a crashed drop from the ledger, if it is still ours; recovery after a start is the same code."""
         actor.stop_serving(FaultCode.RESTARTING)
         actor.restarts += 1
         self._restarts += 1
-        pause_s = min(RESTART_S * 2 ** (actor.restarts - 1), RESTART_MAX_S)
         await actor.landed()
         while True:
             await trio.sleep(pause_s)
@@ -289,14 +301,10 @@ class Registry:
 
     async def _reload(self, actor: DropActor) -> None:
         drop_id = actor.drop_id
-        # An empty change asks only: is it still ours? It fences off whatever of ours may still be under way.
-        standing = Change(drop_id, actor.epoch, actor.committed.seq, (), ())
-        resolution = (await self._ledger.resolve([standing]))[drop_id]
-        if resolution.epoch is None:
+        record = await self._ledger.reclaim(drop_id, actor.epoch)
+        if record is None:
             self.drop_lost(drop_id)
             return
-        actor.epoch = resolution.epoch
-        (record,) = await self._ledger.take_over([drop_id])
         actor.epoch = record.epoch
         drop = Drop.restored(record)
         self.board.show(drop)
@@ -306,7 +314,7 @@ class Registry:
     # What the committer tells ------------------------------------------------------------------------
 
     def ledger_lost(self, code: FaultCode) -> None:
-        for actor in self._actors.values():
+        for actor in list(self._actors.values()):  # a drop in the making goes when its maker is answered
             actor.void_waiting(code)
 
     def ledger_found(self) -> None:
@@ -315,7 +323,7 @@ class Registry:
 
     def drop_lost(self, drop_id: DropId) -> None:
         log.error("drop_owned_elsewhere", drop_id=drop_id)
-        self._lost.add(drop_id)
+        self._out_of_service[drop_id] = FaultCode.FENCED
         actor = self._actors.get(drop_id)
         if actor is not None:
             actor.stop_serving(FaultCode.FENCED)
@@ -350,11 +358,13 @@ async def running(
     timer = Timer(clock)
     registry = Registry(ledger, clock, committer, timer, publisher, limits)
     committer.outage = registry
+    # Every drop that can still change by itself. Before the nurseries: a failure comes out as it is, not in a group.
+    records = await ledger.take_over(None)
     async with trio.open_nursery() as committing:
         committing.start_soon(committer.run)
         async with trio.open_nursery() as acting:
             acting.start_soon(timer.run)
-            await registry.open(acting)
+            registry.open(acting, records)
             try:
                 yield registry
             finally:

@@ -1,0 +1,118 @@
+"""What became of a batch in doubt: fence each drop by its own row, then read the truth behind the fence.
+
+The fence is the row lock. Raising a drop's epoch waits until the old transaction is over, whichever way it
+ended, and what has not committed by then never will, since its guard names the old epoch. So `seq` decides:
+moved past the batch means committed. Where the epoch is not ours any more somebody else has raised the same
+fence, and the log of events says whether our batch came before it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.ledger import Change, Resolution
+from engine.model import Cancelled, DropId, Expired, Purchased, Reserved
+from persistence import statements
+from persistence.trio_pg import TrioConnection
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A change in doubt. The drop is ours if its epoch is the change's, or up to `epoch_max`."""
+
+    change: Change
+    epoch_max: int
+
+
+class OwnRaises:
+    """Epochs that we may have raised ourselves, in a resolution that broke off before we learned its end.
+
+    Without this such a drop would look like one that another engine took, and be let go for good. If it *was*
+    another engine, we take the drop from it once: that is safe, it is fenced off as any other would be.
+    """
+
+    def __init__(self) -> None:
+        self._epoch_max: dict[DropId, int] = {}
+
+    def claim(self, drop_id: DropId, epoch: int) -> int:
+        """The highest epoch of this drop that may be ours, given that `epoch` was; one more may be from here
+        on."""
+        epoch_max = max(epoch, self._epoch_max.get(drop_id, epoch))
+        self._epoch_max[drop_id] = epoch_max + 1
+        return epoch_max
+
+    def forget(self, drop_ids: Iterable[DropId]) -> None:
+        """These came to their end, and were told."""
+        for drop_id in drop_ids:
+            self._epoch_max.pop(drop_id, None)
+
+
+async def resolve(conn: TrioConnection, claims: Sequence[Claim]) -> dict[DropId, Resolution]:
+    """See `engine.ledger.Ledger.resolve`. To be called in a transaction; the epochs count once that commits.
+
+    Raises:
+        psycopg.errors.LockNotAvailable: a drop is locked for longer than the session's lock_timeout.
+        psycopg.Error: any other failure.
+    """
+    cursor = await conn.execute(
+        statements.FENCE,
+        {
+            "drop_ids": [claim.change.drop_id for claim in claims],
+            "epoch_mins": [claim.change.epoch for claim in claims],
+            "epoch_maxs": [claim.epoch_max for claim in claims],
+        },
+    )
+    fenced = {drop_id: (epoch, seq) for drop_id, epoch, seq in await cursor.fetchall()}
+    # A new statement, so a new snapshot: it sees all that the locks have waited for.
+    written = await _written(conn, [claim.change for claim in claims])
+    resolutions = {}
+    for claim in claims:
+        change = claim.change
+        is_committed = change.drop_id in written
+        epoch, seq = fenced.get(change.drop_id, (None, None))
+        if change.events and epoch == change.epoch + 1:
+            # Nobody came between: the counter in the locked row must say the same.
+            counted = change.to_seq if is_committed else change.from_seq
+            assert seq == counted, f"{change.drop_id} is at {seq}, where its log says {counted}"
+        resolutions[change.drop_id] = Resolution(is_committed, epoch)
+    return resolutions
+
+
+async def _written(conn: TrioConnection, changes: Sequence[Change]) -> set[DropId]:
+    """Those drops whose last event of the change is in the log, or whose first receipt is kept if it has
+    none."""
+    with_events = [change for change in changes if change.events]
+    receipts = [(change, change.receipts[0]) for change in changes if not change.events and change.receipts]
+    rows: list[tuple[Any, ...]] = []
+    if with_events:
+        cursor = await conn.execute(
+            statements.COMMITTED_EVENTS,
+            {
+                "drop_ids": [change.drop_id for change in with_events],
+                "seqs": [change.to_seq for change in with_events],
+                "epochs": [change.epoch for change in with_events],
+                "reservation_ids": [_reservation(change) for change in with_events],
+            },
+        )
+        rows += await cursor.fetchall()
+    if receipts:
+        cursor = await conn.execute(
+            statements.COMMITTED_RECEIPTS,
+            {
+                "drop_ids": [change.drop_id for change, _ in receipts],
+                "user_ids": [receipt.user_id for _, receipt in receipts],
+                "operations": [receipt.operation for _, receipt in receipts],
+                "keys": [receipt.key for _, receipt in receipts],
+                "created_ats": [statements.as_datetime(receipt.created_at) for _, receipt in receipts],
+            },
+        )
+        rows += await cursor.fetchall()
+    return {drop_id for (drop_id,) in rows}
+
+
+def _reservation(change: Change) -> str | None:
+    match change.events[-1]:
+        case Reserved(hold=hold) | Purchased(hold=hold) | Cancelled(hold=hold) | Expired(hold=hold):
+            return hold.id
+        case _:
+            return None

@@ -1,0 +1,486 @@
+"""What only the real ledger meets: backends that die, freeze or hold on, other engines, a server unfit to
+serve from."""
+
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+import msgspec
+import pytest
+import trio
+from psycopg import sql
+
+from engine.ledger import Batch, InDoubt, LedgerFault, Rejected, Resolution, StorageFull, Unavailable
+from engine.model import DropRecord, Instant
+from persistence import resolution, startup
+from persistence.embedded import EmbeddedServer
+from persistence.ledger import PostgresLedger, open_ledger
+from persistence.migrate import SchemaOutdated, downgrade
+from persistence.startup import AnotherEngine, ClockSkew, UnsafeDurability
+from persistence.trio_pg import ConnectionLost, TrioConnection
+from tests.persistence.scribe import Scribe, at, user
+from tests.persistence.subjects import TEST_OPTIONS, PostgresSubject, lose_answers, postgres_subject
+
+
+@pytest.fixture
+async def subject(database: str) -> AsyncIterator[PostgresSubject]:
+    async with postgres_subject(database) as subject:
+        yield subject
+
+
+@pytest.fixture
+async def session(database: str) -> AsyncIterator[TrioConnection]:
+    """Somebody else in the same database."""
+    async with await TrioConnection.connect(database, timeout_s=5) as conn:
+        yield conn
+
+
+def writer_pid(ledger: PostgresLedger) -> int:
+    assert ledger._writer is not None
+    assert ledger._writer.backend is not None
+    return ledger._writer.backend.pid
+
+
+async def born(subject: PostgresSubject, *scribes: Scribe) -> None:
+    await subject.ledger.commit([scribe.birth() for scribe in scribes])
+
+
+async def events_of(subject: PostgresSubject, scribe: Scribe) -> int:
+    return len(await subject.events(scribe.drop_id))
+
+
+# The writer's connection breaks -------------------------------------------------------------------------
+
+
+async def test_a_writer_that_died_while_idle_is_replaced_without_any_doubt(
+    subject: PostgresSubject, session: TrioConnection
+) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    await kill(session, writer_pid(subject.ledger))
+    scribe.reserves(user())
+    assert await subject.ledger.commit([scribe.change()]) == {scribe.drop_id}
+    assert subject.ledger.statistics().connections == 2
+
+
+async def kill(session: TrioConnection, pid: int) -> None:
+    """Terminate a backend and wait until it is gone."""
+    await session.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+
+
+async def test_a_backend_killed_in_mid_statement_leaves_a_doubt_that_is_resolved(
+    subject: PostgresSubject, session: TrioConnection
+) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    scribe.reserves(user())
+    batch = [scribe.change()]
+    pid = writer_pid(subject.ledger)
+    async with session.transaction(), trio.open_nursery() as nursery:
+        await session.execute("SELECT 1 FROM drops WHERE id = %s FOR UPDATE", (scribe.drop_id,))
+        nursery.start_soon(doubts, subject.ledger, batch)
+        await until_waiting(session, pid)
+        await kill(session, pid)
+    assert await subject.ledger.resolve(batch) == {scribe.drop_id: Resolution(False, 2)}
+    assert await events_of(subject, scribe) == 1
+
+
+async def doubts(ledger: PostgresLedger, batch: Batch) -> None:
+    with pytest.raises(InDoubt):
+        await ledger.commit(batch)
+
+
+async def until_waiting(session: TrioConnection, pid: int) -> None:
+    """Return once that backend waits for a lock."""
+    with trio.fail_after(10):
+        while True:
+            cursor = await session.execute("SELECT cardinality(pg_blocking_pids(%s)) > 0", (pid,))
+            row = await cursor.fetchone()
+            if row is not None and row[0]:
+                return
+
+
+async def test_a_connection_that_was_closed_before_sending_leaves_no_doubt(subject: PostgresSubject) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    assert subject.ledger._writer is not None
+    subject.ledger._writer.abort()
+    scribe.reserves(user())
+    assert await subject.ledger.commit([scribe.change()]) == {scribe.drop_id}
+
+
+async def test_a_server_out_of_reach_is_unavailable(subject: PostgresSubject, server: EmbeddedServer) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    scribe.reserves(user())
+    batch = [scribe.change()]
+    subject.ledger.close()
+    subject.ledger._dsn = server.dsn_of("no_such_database")
+    with pytest.raises(Unavailable):
+        await subject.ledger.commit(batch)
+    with pytest.raises(Unavailable):
+        await subject.ledger.take_over(None)
+    with pytest.raises(Unavailable):
+        await subject.ledger.resolve(batch)
+    with pytest.raises(Unavailable):
+        await subject.ledger.newest_instant()
+
+
+# Backends that freeze or hold on ------------------------------------------------------------------------
+
+
+async def test_a_frozen_backend_times_out_into_doubt_and_is_terminated(database: str) -> None:
+    options = replace(TEST_OPTIONS, commit_timeout_s=0.2)
+    async with open_ledger(database, options) as ledger:
+        scribe = Scribe()
+        await ledger.commit([scribe.birth()])
+        scribe.reserves(user())
+        batch = [scribe.change()]
+        pid = writer_pid(ledger)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(InDoubt, match=r"no answer within 0\.2 s"):
+                await ledger.commit(batch)
+            # It froze before it took the lock: the fence is up at once, and holds when it thaws.
+            assert await ledger.resolve(batch) == {scribe.drop_id: Resolution(False, 2)}
+            assert ledger.statistics().terminated == 1
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await until_gone(database, pid)
+        assert counts(await ledger.take_over([scribe.drop_id])) == (10, 0, 0, 1)
+
+
+def counts(records: Sequence[DropRecord]) -> tuple[int, ...]:
+    (record,) = records
+    return tuple(getattr(record, name) for name in ("available_stock", "held_count", "sold_count", "seq"))
+
+
+async def until_gone(dsn: str, pid: int) -> None:
+    async with await TrioConnection.connect(dsn, timeout_s=5) as conn:
+        with trio.fail_after(10):
+            while True:
+                cursor = await conn.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", (pid,))
+                if await cursor.fetchone() is None:
+                    return
+
+
+async def test_a_backend_that_holds_the_lock_is_terminated_to_resolve(subject: PostgresSubject, database: str) -> None:
+    """The half-open old session: its statement ran, its transaction is open, and nobody will end it."""
+    scribe = Scribe()
+    await born(subject, scribe)
+    scribe.reserves(user())
+    batch = [scribe.change()]
+    ledger = subject.ledger
+    async with await TrioConnection.connect(database, timeout_s=5, identify=True) as half_open:
+        assert half_open.backend is not None
+        await half_open.execute("BEGIN")
+        await half_open.execute("UPDATE drops SET seq = 2, updated_at = created_at WHERE id = %s", (scribe.drop_id,))
+        lose_answers(await ledger._ready_writer(), run=False)
+        with pytest.raises(InDoubt):
+            await ledger.commit(batch)
+        ledger._suspects[half_open.backend] = False
+        assert await ledger.resolve(batch) == {scribe.drop_id: Resolution(False, 2)}
+        await until_gone(database, half_open.backend.pid)
+    assert ledger.statistics().terminated >= 1
+
+
+async def test_a_strangers_lock_is_waited_for_not_terminated(subject: PostgresSubject, session: TrioConnection) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    scribe.reserves(user())
+    batch = [scribe.change()]
+    lose_answers(await subject.ledger._ready_writer(), run=True)
+    with pytest.raises(InDoubt):
+        await subject.ledger.commit(batch)
+    subject.ledger._options = replace(TEST_OPTIONS, resolve_timeout_s=0.3, take_over_timeout_s=0.3)
+    async with session.transaction():
+        await session.execute("SELECT 1 FROM drops WHERE id = %s FOR UPDATE", (scribe.drop_id,))
+        with pytest.raises(Unavailable):
+            await subject.ledger.resolve(batch)
+        with pytest.raises(Unavailable):
+            await subject.ledger.take_over([scribe.drop_id])
+    # The stranger is done, and the doubt is still there to be resolved.
+    assert await subject.ledger.resolve(batch) == {scribe.drop_id: Resolution(True, 2)}
+
+
+async def test_a_birth_in_doubt_waits_until_its_backend_is_gone(database: str) -> None:
+    """Frozen before it wrote anything, it holds no lock that would make us wait; it must not wake up and
+    write."""
+    options = replace(TEST_OPTIONS, commit_timeout_s=0.2, resolve_timeout_s=0.3)
+    async with open_ledger(database, options) as ledger:
+        scribe = Scribe()
+        batch = [scribe.birth()]
+        pid = writer_pid(ledger)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(InDoubt):
+                await ledger.commit(batch)
+            with pytest.raises(Unavailable):
+                await ledger.resolve(batch)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        ledger._options = TEST_OPTIONS
+        assert await ledger.resolve(batch) == {scribe.drop_id: Resolution(False, None)}
+        assert await ledger.take_over([scribe.drop_id]) == []
+
+
+async def test_a_resolution_that_broke_off_can_be_asked_again_and_keeps_the_drop(
+    subject: PostgresSubject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    scribe.reserves(user())
+    batch = [scribe.change()]
+    lose_answers(await subject.ledger._ready_writer(), run=True)
+    with pytest.raises(InDoubt):
+        await subject.ledger.commit(batch)
+    resolve = resolution.resolve
+
+    async def breaks_off(conn: TrioConnection, claims: Sequence[resolution.Claim]) -> NoReturn:
+        """The new epoch is committed, and nobody hears of it."""
+        await resolve(conn, claims)
+        await conn.execute("COMMIT")
+        conn.abort()
+        raise ConnectionLost("cut by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resolution, "resolve", breaks_off)
+        with pytest.raises(Unavailable):
+            await subject.ledger.resolve(batch)
+    assert await subject.ledger.resolve(batch) == {scribe.drop_id: Resolution(True, 3)}
+
+
+# Locks --------------------------------------------------------------------------------------------------
+
+
+async def test_batches_and_take_overs_of_the_same_drops_never_deadlock(subject: PostgresSubject, database: str) -> None:
+    scribes = [Scribe(total=1000) for _ in range(8)]
+    await born(subject, *scribes)
+    ledger = subject.ledger
+    for scribe in scribes:
+        scribe.reserves(user())
+    batch = [scribe.change() for scribe in reversed(scribes)]
+
+    async def write() -> None:
+        # Whether it hits or not, it locks all rows whose epoch it still has.
+        for epoch in range(1, 30):
+            await ledger.commit([msgspec.structs.replace(change, epoch=epoch, events=[]) for change in batch])
+
+    async def take(rival: PostgresLedger, order: list[Scribe]) -> None:
+        for _ in range(10):
+            await rival.take_over([scribe.drop_id for scribe in order])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write)
+        for n in range(3):
+            rival = PostgresLedger(database, TEST_OPTIONS, ledger._lock)
+            nursery.start_soon(take, rival, scribes[n:] + scribes[:n])
+    deadlocks = await subject.sql("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
+    assert deadlocks == [(0,)]
+
+
+async def test_a_commit_waits_for_a_rival_and_then_misses(subject: PostgresSubject, session: TrioConnection) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    scribe.reserves(user())
+    batch = [scribe.change()]
+    hits: list[frozenset[str]] = []
+
+    async def commit() -> None:
+        hits.append(frozenset(await subject.ledger.commit(batch)))
+
+    async with trio.open_nursery() as nursery, session.transaction():
+        await session.execute("UPDATE drops SET epoch = epoch + 1 WHERE id = %s", (scribe.drop_id,))
+        nursery.start_soon(commit)
+        await until_waiting(session, writer_pid(subject.ledger))
+    assert hits == [frozenset()]
+    assert await events_of(subject, scribe) == 1
+
+
+# Refusals of the server ---------------------------------------------------------------------------------
+
+
+async def test_a_row_count_that_differs_says_what_it_counted(subject: PostgresSubject) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    hold = scribe.reserves(user())
+    await subject.ledger.commit([scribe.change()])
+    await subject.end_behind_the_engine(hold)
+    scribe.expires(hold)
+    with pytest.raises(Rejected, match=r"row counts .* are \{1,0,0,0,0,0\} where \{1,0,1,0,0,0\} are due"):
+        await subject.ledger.commit([scribe.change()])
+
+
+async def test_a_constraint_is_named_and_no_value_is_quoted(subject: PostgresSubject) -> None:
+    scribe, ann = Scribe(), user()
+    await born(subject, scribe)
+    scribe.reserves(ann)
+    await subject.ledger.commit([scribe.change()])
+    scribe.reserves(ann)
+    with pytest.raises(Rejected, match=r"23505 \(uq_reservations_active\)") as caught:
+        await subject.ledger.commit([scribe.change()])
+    assert ann not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "fault"),
+    [
+        ("53100", StorageFull),  # disk_full
+        ("53200", StorageFull),  # out_of_memory
+        ("58030", Rejected),  # io_error: as an ERROR it rolled back, but room is not what is missing
+        ("40P01", Rejected),
+        ("57014", Rejected),  # statement_timeout
+        ("25006", Unavailable),  # read-only: a standby, or a primary that was demoted
+    ],
+)
+async def test_each_refusal_of_the_server_has_its_fault(
+    subject: PostgresSubject, sqlstate: str, fault: type[LedgerFault]
+) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    # A trigger is the trick to make the server say it; the product has none.
+    await subject.sql(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{sqlstate}'; END$$"
+    )
+    await subject.sql("CREATE TRIGGER refuse BEFORE INSERT ON drop_events EXECUTE FUNCTION refuse()")
+    scribe.reserves(user())
+    batch = [scribe.change()]
+    with pytest.raises(fault) as caught:
+        await subject.ledger.commit(batch)
+    assert type(caught.value) is fault
+    assert sqlstate in str(caught.value)
+    await subject.sql("DROP TRIGGER refuse ON drop_events")
+    assert await subject.ledger.commit(batch) == {scribe.drop_id}
+
+
+async def test_a_fatal_error_leaves_doubt(subject: PostgresSubject, session: TrioConnection) -> None:
+    # 57P01 comes as an answer to the statement, and yet may have come after its commit.
+    scribe = Scribe()
+    await born(subject, scribe)
+    pid = writer_pid(subject.ledger)
+    await subject.sql(
+        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); PERFORM pg_sleep(5); RETURN NEW; END$$"
+    )
+    await subject.sql("CREATE TRIGGER die BEFORE INSERT ON drop_events EXECUTE FUNCTION die()")
+    scribe.reserves(user())
+    batch = [scribe.change()]
+    with pytest.raises(InDoubt):
+        await subject.ledger.commit(batch)
+    assert [backend.pid for backend in subject.ledger._suspects] == [pid]
+    assert await subject.ledger.resolve(batch) == {scribe.drop_id: Resolution(False, 2)}
+
+
+# The start ----------------------------------------------------------------------------------------------
+
+
+async def test_a_second_engine_is_refused(
+    subject: PostgresSubject, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "_PREDECESSOR_GONE_S", 0.1)
+    with pytest.raises(AnotherEngine, match=r"another engine serves from this database \(pid \d+\)"):
+        async with open_ledger(database, TEST_OPTIONS):
+            pytest.fail("it was let in")
+
+
+async def test_an_engine_may_start_as_soon_as_another_has_stopped(database: str) -> None:
+    for _ in range(2):
+        async with open_ledger(database, TEST_OPTIONS) as ledger:
+            assert ledger.statistics().is_lock_held
+
+
+async def test_a_lost_engine_lock_is_taken_again_and_the_engine_goes_on(
+    subject: PostgresSubject, session: TrioConnection
+) -> None:
+    cursor = await session.execute("SELECT pid FROM pg_locks WHERE locktype = 'advisory'")
+    row = await cursor.fetchone()
+    assert row is not None
+    await kill(session, row[0])
+    scribe = Scribe()
+    await born(subject, scribe)
+    with trio.fail_after(10):
+        while True:
+            cursor = await session.execute("SELECT pid FROM pg_locks WHERE locktype = 'advisory'")
+            again = await cursor.fetchone()
+            if again is not None and again != row:
+                break
+            await trio.lowlevel.checkpoint()
+    while not subject.ledger.statistics().is_lock_held:
+        await trio.lowlevel.checkpoint()
+
+
+async def test_a_server_that_may_forget_is_refused(database: str, session: TrioConnection) -> None:
+    # The test server runs without fsync.
+    options = replace(TEST_OPTIONS, allow_unsafe_durability=False)
+    with pytest.raises(UnsafeDurability, match="runs with fsync off"):
+        async with open_ledger(database, options):
+            pytest.fail("it was let in")
+    name = session.info.dbname
+    await session.execute(sql.SQL("ALTER DATABASE {} SET synchronous_commit = off").format(sql.Identifier(name)))
+    with pytest.raises(UnsafeDurability, match="runs with fsync and synchronous_commit off"):
+        async with open_ledger(database, options):
+            pytest.fail("it was let in")
+
+
+async def test_a_database_without_a_schema_is_refused_with_the_command_to_run(empty_database: str) -> None:
+    with pytest.raises(SchemaOutdated, match=r"has schema \(none\).*holdfast migrate"):
+        async with open_ledger(empty_database, TEST_OPTIONS):
+            pytest.fail("it was let in")
+
+
+async def test_a_database_that_was_migrated_back_is_refused(database: str) -> None:
+    await trio.to_thread.run_sync(downgrade, database, "base")
+    with pytest.raises(SchemaOutdated, match="holdfast migrate"):
+        async with open_ledger(database, TEST_OPTIONS):
+            pytest.fail("it was let in")
+
+
+async def test_a_newer_schema_is_refused(database: str, session: TrioConnection) -> None:
+    await session.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(SchemaOutdated, match="newer"):
+        async with open_ledger(database, TEST_OPTIONS):
+            pytest.fail("it was let in")
+
+
+@pytest.mark.parametrize("off_s", [-3, 3])
+async def test_a_clock_that_disagrees_is_refused(database: str, off_s: float) -> None:
+    with pytest.raises(ClockSkew, match=r"3\.0 s apart"):
+        async with open_ledger(database, TEST_OPTIONS, wall=lambda: time.time() + off_s):
+            pytest.fail("it was let in")
+    allowed = replace(TEST_OPTIONS, clock_skew_max_s=float("inf"))
+    async with open_ledger(database, allowed, wall=lambda: time.time() + off_s):
+        pass
+
+
+# Instants -----------------------------------------------------------------------------------------------
+
+
+async def test_every_millisecond_survives_the_round_trip(subject: PostgresSubject) -> None:
+    """The seconds that a double can't hold, both ends of the calendar, a leap day, around a change of the
+    clocks."""
+    instants = [0, 1, 999, -1, -999, 951_782_400_000, 1_774_746_000_001, 4_294_967_296_123, 253_402_300_799_998]
+    scribes = [Scribe() for _ in instants]
+    for scribe, ms in zip(scribes, instants, strict=True):
+        terms = scribe.terms
+        scribe.terms = type(terms)(
+            id=terms.id,
+            name=terms.name,
+            price=0,
+            currency="USD",
+            total_stock=0,
+            starts_at=Instant(ms),
+            ends_at=Instant(ms + 1),
+            created_by=None,
+            created_at=Instant(ms),
+        )
+    await born(subject, *scribes)
+    records = await subject.ledger.take_over([scribe.drop_id for scribe in scribes])
+    loaded = {record.terms.id: record.terms for record in records}
+    assert loaded == {scribe.drop_id: scribe.terms for scribe in scribes}
+    rows = await subject.sql("SELECT count(*) FROM drops WHERE date_trunc('milliseconds', created_at) = created_at")
+    assert rows == [(len(instants),)]
+    assert await subject.ledger.newest_instant() == at(0)
