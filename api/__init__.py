@@ -1,0 +1,1 @@
+"""What clients see: settings, HTTP, the command line, and the composition root."""

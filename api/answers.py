@@ -1,0 +1,148 @@
+"""What goes out: the envelopes of the contract, instants as text, and each thing's JSON shape.
+
+Everything is made of plain dicts in the order of the contract, and encoded once.
+"""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from api.errors import ApiError, to_dict
+from engine.drop import Drop
+from engine.model import DropCreated, Hold, Instant, LatestPurchase, Purchased, Terms
+
+JSON = "application/json"
+_encode = msgspec.json.Encoder().encode
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A response, before any lane has written it: status, body, and headers beyond the ones that all have."""
+
+    status_code: int
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def success(status_code: int, data: Any, request_id: str) -> Answer:
+    return Answer(status_code, _encode({"success": True, "data": data, "meta": {"requestId": request_id}}))
+
+
+def error(failure: ApiError, request_id: str) -> Answer:
+    headers = failure.headers
+    if failure.retry_after_s is not None:
+        headers = (*headers, ("Retry-After", str(failure.retry_after_s)))
+    body = _encode({"success": False, "error": to_dict(failure), "meta": {"requestId": request_id}})
+    return Answer(failure.status_code, body, headers)
+
+
+def iso(instant: Instant) -> str:
+    """ISO 8601, UTC, milliseconds: `2026-01-07T10:00:00.000Z`."""
+    seconds, ms = divmod(instant, 1000)
+    return f"{_iso_seconds(seconds)}.{ms:03}Z"
+
+
+@lru_cache(maxsize=256)  # a storm asks for the same few seconds over and over
+def _iso_seconds(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def iso_or_none(instant: Instant | None) -> str | None:
+    return None if instant is None else iso(instant)
+
+
+# Shapes -----------------------------------------------------------------------------------------------
+
+
+def new_drop(created: DropCreated) -> dict[str, Any]:
+    return _drop(created.terms, created.status, created.terms.total_stock)
+
+
+def drop(state: Drop) -> dict[str, Any]:
+    """A drop as it is committed, with its feed."""
+    shape = _drop(state.terms, state.status, state.available)
+    shape["activity_feed"] = {"latest_purchasers": [_purchaser(line) for line in state.latest_purchases]}
+    return shape
+
+
+def _drop(terms: Terms, status: str, available_stock: int) -> dict[str, Any]:
+    return {
+        "id": terms.id,
+        "name": terms.name,
+        "price": terms.price,
+        "currency": terms.currency,
+        "total_stock": terms.total_stock,
+        "available_stock": available_stock,
+        "starts_at": iso_or_none(terms.starts_at),
+        "ends_at": iso_or_none(terms.ends_at),
+        "status": status,
+        "created_by": terms.created_by,
+        "created_at": iso(terms.created_at),
+    }
+
+
+def _purchaser(line: LatestPurchase) -> dict[str, Any]:
+    return {
+        "user_id": line.user_id,
+        "username": line.username,
+        "qty": line.qty,
+        "created_at": iso(line.created_at),
+    }
+
+
+def reserved(hold: Hold, available_stock: int) -> dict[str, Any]:
+    return {
+        "reservation": {
+            "id": hold.id,
+            "drop_id": hold.drop_id,
+            "user_id": hold.user_id,
+            "status": "active",
+            "expires_at": iso(hold.expires_at),
+            "created_at": iso(hold.created_at),
+        },
+        "drop": {"id": hold.drop_id, "available_stock": available_stock},
+    }
+
+
+def purchased(event: Purchased) -> dict[str, Any]:
+    hold = event.hold
+    return {
+        "purchase": {
+            "id": event.purchase_id,
+            "drop_id": hold.drop_id,
+            "user_id": hold.user_id,
+            "reservation_id": hold.id,
+            "qty": hold.qty,
+            "status": "paid",
+            "created_at": iso(event.at),
+        },
+        "reservation": {"id": hold.id, "status": "consumed", "expires_at": iso(hold.expires_at)},
+    }
+
+
+def cancelled(hold: Hold, available_stock: int) -> dict[str, Any]:
+    # In the earlier systems' words, which this route alone answers in.
+    return {
+        "reservationId": hold.id,
+        "dropId": hold.drop_id,
+        "availableStock": available_stock,
+        "status": "cancelled",
+    }
+
+
+def holds(of_user: Iterable[tuple[Hold, Drop]]) -> dict[str, Any]:
+    return {
+        "items": [
+            {
+                "id": hold.id,
+                "drop_id": hold.drop_id,
+                "status": "active",
+                "expires_at": iso(hold.expires_at),
+                "created_at": iso(hold.created_at),
+                "drop": {"id": hold.drop_id, "name": state.terms.name, "available_stock": state.available},
+            }
+            for hold, state in of_user
+        ]
+    }

@@ -1,0 +1,258 @@
+"""The Quart-Trio application: routes, request ids, errors, CORS, the request log. What a route does is in `handlers`.
+
+Each request's body is read to its end before anything is answered, refusals too: on a connection that is kept open
+the next request starts where this one's body ends, and behind Hypercorn an answer before it leaves the next one
+hanging.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+import trio
+from hypercorn.typing import ASGISendCallable
+from quart import Response, g, request, websocket
+from quart.typing import ResponseTypes
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+from quart_trio.wrappers.request import TrioBody, TrioRequest
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, RequestTimeout
+
+from api import answers, errors, schemas
+from api.answers import JSON, Answer
+from api.errors import ApiError
+from api.handlers import Handler, Request, Service
+from api.routes import BASE_PATHS, ROUTES
+from api.settings import Settings
+from engine.ledger import Unavailable
+from engine.model import FaultCode
+
+log = structlog.get_logger()
+
+BODY_S = 10  # to send a body; the slowest phone sends 16 KiB in less
+# What a body may have beyond its limit and still be read to its end, so that the connection lives on; past it
+# the answer is the last one on that connection.
+DRAIN_MAX = 1_048_576
+PREFLIGHT_S = 600  # for which a browser may remember what it was allowed
+
+CORS_HEADERS = "Content-Type, Authorization, Idempotency-Key, X-Request-Id, X-User-Id, X-User-Name, Last-Event-ID"
+CORS_METHODS = "GET, POST, PATCH, DELETE"
+EXPOSED_HEADERS = "X-Request-Id, Idempotency-Replayed, Retry-After"
+
+
+class Gate:
+    """What stands between clients and the engine: open while there is a service behind it."""
+
+    def __init__(self) -> None:
+        self.service: Service | None = None
+        self.is_stopping = False
+
+    def enter(self) -> Service:
+        """The service.
+
+        Raises:
+            ApiError: 503, it is not up, or going down.
+        """
+        if self.is_stopping:
+            raise errors.fault(FaultCode.STOPPING)
+        if self.service is None:
+            raise errors.fault(FaultCode.UNAVAILABLE)
+        return self.service
+
+
+class DrainedBody(TrioBody):
+    """A body of which at most the limit is kept, and of which the rest is read and forgotten, up to `DRAIN_MAX`."""
+
+    def __init__(self, expected_content_length: int | None, max_content_length: int | None) -> None:
+        super().__init__(None, None)  # the base class would refuse at once, and leave the rest unread
+        self._limit = max_content_length or 0
+        self._received = 0
+        self.is_cut = False
+
+    def append(self, data: bytes) -> None:
+        self._received += len(data)
+        if self._received <= self._limit:
+            super().append(data)
+            return
+        self._data.clear()
+        if self._received > self._limit + DRAIN_MAX:
+            self.is_cut = True
+            self.set_complete()
+
+    def set_complete(self) -> None:
+        if self._received > self._limit:
+            self._must_raise = RequestEntityTooLarge()
+        super().set_complete()
+
+
+class DrainedRequest(TrioRequest):
+    body_class = DrainedBody
+
+
+class AnsweredConnection(TrioASGIHTTPConnection):
+    """One request whose answer is sent to its end, and what follows it done too.
+
+    Hypercorn says "disconnected" from within the last send, and Quart-Trio takes that as the word to cancel that very
+    send: then a connection that should be closed is not, and one that falls silent is never closed either.
+    """
+
+    def _create_request_from_scope(self, send: ASGISendCallable) -> TrioRequest:
+        self.scope["path"] = self.scope["path"] or "/"  # of `GET ?x=1`, which Quart does not expect
+        made = super()._create_request_from_scope(send)
+        assert isinstance(made, TrioRequest)
+        return made
+
+    async def _send_response(self, send: ASGISendCallable, response: ResponseTypes) -> None:
+        with trio.CancelScope(shield=True):
+            await super()._send_response(send, response)
+
+
+def create_app(settings: Settings, gate: Gate) -> QuartTrio:
+    """The application; until `gate` has a service, everything that needs one is 503."""
+    app = QuartTrio("holdfast", static_folder=None)
+    app.request_class = DrainedRequest
+    app.asgi_http_class = AnsweredConnection
+    app.config["MAX_CONTENT_LENGTH"] = settings.body_max_bytes
+    app.config["BODY_TIMEOUT"] = BODY_S
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False  # it would answer // with a redirect, in HTML
+    for base in BASE_PATHS:
+        for route in ROUTES:
+            name = f"{base}{route.path} {route.method}"
+            path = base + route.path.replace("{", "<").replace("}", ">")
+            app.add_url_rule(path, name, _view(gate, route.handler), methods=[route.method])
+    for base in ("", *BASE_PATHS):
+        app.add_url_rule(f"{base}/healthz", f"{base}/healthz", _healthz, methods=["GET"])
+        app.add_url_rule(f"{base}/readyz", f"{base}/readyz", _readyz(gate), methods=["GET"])
+    app.before_request(_begin)
+    app.before_websocket(_begin_websocket)
+    app.after_request(_finisher(settings))
+    app.register_error_handler(Exception, _on_error)
+    return app
+
+
+# Routes -----------------------------------------------------------------------------------------------
+
+
+def _view(gate: Gate, handler: Handler) -> Callable[..., Awaitable[Response]]:
+    async def view(**path: str) -> Response:
+        service = gate.enter()
+        answer = await handler(
+            service,
+            Request(
+                headers={name.lower(): value for name, value in request.headers.items()},
+                query=request.args,
+                path=path,
+                body=await request.get_data(cache=True, as_text=False, parse_form_data=False),
+                request_id=g.request_id,
+            ),
+        )
+        return _response(answer)
+
+    return view
+
+
+async def _healthz() -> Response:
+    """The process lives; whether it can work is `/readyz`."""
+    return _response(answers.success(200, {"status": "up"}, g.request_id))
+
+
+def _readyz(gate: Gate) -> Callable[[], Awaitable[Response]]:
+    async def readyz() -> Response:
+        service = gate.enter()
+        if service.registry.is_faulty:
+            raise errors.fault(FaultCode.UNAVAILABLE)
+        await service.ping()
+        return _response(answers.success(200, {"status": "ready"}, g.request_id))
+
+    return readyz
+
+
+# Around each request ----------------------------------------------------------------------------------
+
+
+async def _begin() -> Response | None:
+    g.started_at = time.perf_counter()
+    g.request_id = schemas.request_id(request.headers.get("X-Request-Id"))
+    structlog.contextvars.bind_contextvars(request_id=g.request_id)
+    await request.get_data()
+    if request.method == "OPTIONS":
+        return Response("", 204)
+    return None
+
+
+async def _begin_websocket() -> None:
+    """Nobody here speaks it: the refusal that follows needs an id, as every answer does."""
+    g.request_id = schemas.request_id(websocket.headers.get("X-Request-Id"))
+
+
+def _finisher(settings: Settings) -> Callable[[Response], Awaitable[Response]]:
+    async def finish(response: Response) -> Response:
+        response.headers["X-Request-Id"] = g.request_id
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Cache-Control"] = "no-store"
+        _allow_origin(settings, response)
+        if isinstance(request.body, DrainedBody) and request.body.is_cut:
+            response.headers["Connection"] = "close"
+        log.info(
+            "request",
+            method=request.method,
+            path=request.path,
+            status=response.status_code,
+            ms=round((time.perf_counter() - g.started_at) * 1000, 3),
+        )
+        return response
+
+    return finish
+
+
+def _allow_origin(settings: Settings, response: Response) -> None:
+    origin = request.headers.get("Origin")
+    headers = response.headers
+    headers.add("Vary", "Origin")
+    if origin is None or not settings.allows_origin(origin):
+        return
+    headers["Access-Control-Allow-Origin"] = origin
+    headers["Access-Control-Allow-Credentials"] = "true"
+    headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
+    if request.method == "OPTIONS":
+        headers["Access-Control-Allow-Methods"] = CORS_METHODS
+        headers["Access-Control-Allow-Headers"] = CORS_HEADERS
+        headers["Access-Control-Max-Age"] = str(PREFLIGHT_S)
+
+
+async def _on_error(failure: Exception) -> Response:
+    if isinstance(failure, Unavailable):
+        log.warning("database_unavailable", reason=str(failure))
+        failure = errors.fault(FaultCode.UNAVAILABLE)
+    elif isinstance(failure, HTTPException):
+        failure = _from_http(failure)
+    elif not isinstance(failure, ApiError):
+        log.error("internal_error", reason=repr(failure), exc_info=failure)
+        failure = ApiError(500, "INTERNAL_ERROR", "Something went wrong here.")
+    return _response(answers.error(failure, g.request_id))
+
+
+def _from_http(failure: HTTPException) -> ApiError:
+    """What the framework found wrong, in our words."""
+    match failure.code:
+        case 404:
+            return errors.not_found()
+        case 405:
+            allowed = ", ".join(sorted(set(getattr(failure, "valid_methods", None) or ()) - {"OPTIONS"}))
+            return ApiError(
+                405, "METHOD_NOT_ALLOWED", f"{request.method} is not for this address.", headers=(("Allow", allowed),)
+            )
+        case 413:
+            return ApiError(413, "PAYLOAD_TOO_LARGE", "The body is larger than allowed.")
+        case 408 if isinstance(failure, RequestTimeout):
+            return ApiError(400, "BODY_TIMEOUT", f"The body did not arrive within {BODY_S} s.")
+    return ApiError(400, "BAD_REQUEST", failure.description or "The request cannot be understood.")
+
+
+def _response(answer: Answer) -> Response:
+    response = Response(answer.body, answer.status_code, content_type=JSON)
+    for name, value in answer.headers:
+        response.headers[name] = value
+    return response

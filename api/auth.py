@@ -1,0 +1,173 @@
+"""Who is asking: an id and a name from the headers, or from a signed token.
+
+`AUTH_MODE=header` trusts `X-User-Id` (a placeholder: for development, or behind a proxy that sets it);
+`AUTH_MODE=jwt` wants `Authorization: Bearer` with an HS256 token whose `sub` is the user's UUID, `name` optional.
+"""
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+
+import jwt
+import msgspec
+import trio
+
+from api import schemas
+from api.errors import ApiError, Detail, invalid
+from api.settings import Settings
+from engine.ledger import Unavailable
+from engine.model import UserId
+
+# Names kept in memory, oldest forgotten first: 200 bytes each, so at most 200 MB. Who is forgotten is looked up again.
+KNOWN_USERS_MAX = 1_000_000
+INTRODUCE_MAX = 1_000  # users looked up or made by one statement
+WAITING_USERS_MAX = 20_000  # callers that wait to be looked up; beyond it 503
+
+
+class Caller(msgspec.Struct, frozen=True, gc=False):
+    user_id: UserId
+    username: str
+
+
+Introduce = Callable[[Sequence[tuple[UserId, str | None]]], Awaitable[Mapping[UserId, str]]]
+"""Looks up users, and makes those that may be made; the names of those that are users now."""
+
+
+class UserDirectory:
+    """Names by id: from memory, else looked up, many strangers by one statement. `run` it in a nursery."""
+
+    def __init__(self, introduce: Introduce) -> None:
+        self._introduce = introduce
+        self._names: dict[UserId, str] = {}
+        self._waiting: deque[_Stranger] = deque()
+        self._lot = trio.lowlevel.ParkingLot()
+
+    def known(self, user_id: UserId) -> str | None:
+        return self._names.get(user_id)
+
+    def learn(self, user_id: UserId, username: str) -> None:
+        while len(self._names) >= KNOWN_USERS_MAX:
+            del self._names[next(iter(self._names))]
+        self._names[user_id] = username
+
+    async def look_up(self, user_id: UserId, wanted_name: str | None) -> str | None:
+        """The user's name; None where there is no such user, and none may be made.
+
+        Raises:
+            Unavailable: the database is out of reach, or too many strangers wait.
+        """
+        if len(self._waiting) >= WAITING_USERS_MAX:
+            raise Unavailable("too many users wait to be looked up")
+        stranger = _Stranger(user_id, wanted_name)
+        self._waiting.append(stranger)
+        self._lot.unpark()
+        await stranger.done.wait()
+        if stranger.fault is not None:
+            raise stranger.fault
+        return stranger.username
+
+    async def run(self) -> None:
+        while True:
+            while not self._waiting:
+                await self._lot.park()
+            some = [self._waiting.popleft() for _ in range(min(len(self._waiting), INTRODUCE_MAX))]
+            await self._answer(some)
+
+    async def _answer(self, strangers: "list[_Stranger]") -> None:
+        fault: Unavailable | None = None
+        names: Mapping[UserId, str] = {}
+        try:
+            # Many requests of one stranger at once are one introduction; the first one's name counts.
+            wanted = {stranger.user_id: stranger.wanted_name for stranger in reversed(strangers)}
+            names = await self._introduce(list(wanted.items()))
+        except Unavailable as reason:
+            fault = reason
+        for user_id, username in names.items():
+            self.learn(user_id, username)
+        for stranger in strangers:
+            stranger.username, stranger.fault = names.get(stranger.user_id), fault
+            stranger.done.set()
+
+
+class _Stranger:
+    __slots__ = ("done", "fault", "user_id", "username", "wanted_name")
+
+    def __init__(self, user_id: UserId, wanted_name: str | None) -> None:
+        self.user_id = user_id
+        self.wanted_name = wanted_name
+        self.done = trio.Event()
+        self.username: str | None = None
+        self.fault: Unavailable | None = None
+
+
+class Authenticator:
+    """Turns headers into a caller, by the settings' `auth_mode`."""
+
+    def __init__(self, settings: Settings, users: UserDirectory) -> None:
+        self._settings = settings
+        self._users = users
+
+    async def caller(self, headers: Mapping[str, str]) -> Caller:
+        """Who is asking; `headers` has lower-case names.
+
+        Raises:
+            ApiError: 401, or 422 for a name that is none.
+            Unavailable: a stranger, and the database is out of reach.
+        """
+        user_id, wanted_name = self._claimed(headers)
+        username = self._users.known(user_id)
+        if username is None:
+            username = await self._users.look_up(user_id, wanted_name)
+        if username is None:
+            raise _auth_required("No such user.")
+        return Caller(user_id, username)
+
+    def _claimed(self, headers: Mapping[str, str]) -> tuple[UserId, str | None]:
+        if self._settings.auth_mode == "jwt":
+            return self._from_token(headers.get("authorization"))
+        text = headers.get("x-user-id")
+        if not text:
+            raise _auth_required("Say who you are: X-User-Id is missing.")
+        user_id = schemas.uuid_or_none(text)
+        if user_id is None:
+            raise ApiError(401, "INVALID_X_USER_ID", "X-User-Id must be a UUID.")
+        return UserId(user_id), _name(headers.get("x-user-name"), "X-User-Name")
+
+    def _from_token(self, authorization: str | None) -> tuple[UserId, str | None]:
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise _auth_required("Say who you are: send Authorization: Bearer <token>.")
+        settings = self._settings
+        try:
+            claims = jwt.decode(
+                token,
+                settings.jwt_secret,
+                algorithms=["HS256"],
+                audience=settings.jwt_audience,
+                issuer=settings.jwt_issuer,
+                options={"require": ["exp", "sub"]},
+            )
+        except jwt.PyJWTError as fault:
+            raise ApiError(401, "INVALID_TOKEN", f"The token is not valid: {fault}.") from None
+        user_id = schemas.uuid_or_none(claims["sub"])
+        if user_id is None:
+            raise ApiError(401, "INVALID_TOKEN", "The token is not valid: its sub is no UUID.")
+        name = claims.get("name")
+        return UserId(user_id), _name(name, "token: name") if isinstance(name, str) else None
+
+
+def _name(text: str | None, where: str) -> str | None:
+    """A name that its bearer asked for, from Latin-1 header text that is UTF-8 more often than not."""
+    if text is None:
+        return None
+    with suppress(UnicodeError):
+        text = text.encode("latin-1").decode()
+    name = text.strip()
+    if not schemas.USERNAME_MIN <= len(name) <= schemas.USERNAME_MAX or schemas.CONTROL.search(name):
+        limits = f"{schemas.USERNAME_MIN} to {schemas.USERNAME_MAX}"
+        raise invalid([Detail(where, f"must be {limits} characters, without control characters")])
+    return name
+
+
+def _auth_required(message: str) -> ApiError:
+    return ApiError(401, "AUTH_REQUIRED", message)

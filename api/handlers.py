@@ -1,0 +1,342 @@
+"""One function a route: parse, ask, render. No framework in here: every lane calls the same functions.
+
+A handler takes a `Request` whose body has been read in full and returns an `Answer`, or raises an `ApiError`, or
+`Unavailable` where the database is needed and out of reach.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, assert_never
+
+import msgspec
+import trio
+
+from api import answers, errors, idempotency, schemas
+from api.answers import Answer
+from api.auth import Authenticator, Caller, UserDirectory
+from api.errors import ApiError
+from api.idempotency import KeyBook, Replayed
+from api.ids import IdSource
+from api.settings import Settings
+from engine.drop import Drop
+from engine.ledger import Unavailable
+from engine.model import (
+    Cancel,
+    Cancelled,
+    Command,
+    Create,
+    Decision,
+    DropCreated,
+    DropId,
+    DropUpdated,
+    Expired,
+    Fault,
+    Hold,
+    Outcome,
+    Purchase,
+    Purchased,
+    PurchaseId,
+    Receipt,
+    RefusalCode,
+    Refused,
+    Reply,
+    ReservationId,
+    ReservationStatus,
+    Reserve,
+    Reserved,
+    StoredAnswer,
+    Swept,
+    Terms,
+    UserId,
+)
+from engine.registry import Registry
+from persistence.reads import Reads, UsernameTaken
+
+HEALTH_S = 0.9  # how long a probe waits for the database
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One request, read in full. `headers` and `query` have their last value; header names are lower case."""
+
+    headers: Mapping[str, str]
+    query: Mapping[str, str]
+    path: Mapping[str, str]
+    body: bytes
+    request_id: str
+
+
+class Service(msgspec.Struct, frozen=True):
+    """What handlers work with, once the engine is up."""
+
+    settings: Settings
+    registry: Registry
+    reads: Reads
+    users: UserDirectory
+    auth: Authenticator
+    keys: KeyBook
+    ids: IdSource
+    started_at: float  # Trio's clock, s
+
+    async def ping(self) -> None:
+        """One round trip to the database.
+
+        Raises:
+            Unavailable: it did not come back in time.
+        """
+        with trio.move_on_after(HEALTH_S) as patience:
+            await self.reads.ping()
+        if patience.cancelled_caught:
+            raise Unavailable(f"the database did not answer within {HEALTH_S} s")
+
+
+Handler = Callable[[Service, Request], Awaitable[Answer]]
+
+
+# Drops ------------------------------------------------------------------------------------------------
+
+
+async def create_drop(service: Service, request: Request) -> Answer:
+    caller = await service.auth.caller(request.headers)
+    wanted = schemas.body(schemas.NewDrop, request.headers.get("content-type"), request.body)
+    now = service.registry.clock.now()
+    status = schemas.status_of(wanted, now)
+    terms = Terms(
+        DropId(service.ids.new()),
+        wanted.name,
+        wanted.price,
+        wanted.currency,
+        wanted.total_stock,
+        None if wanted.starts_at is None else schemas.instant(wanted.starts_at),
+        None if wanted.ends_at is None else schemas.instant(wanted.ends_at),
+        caller.user_id,
+        now,
+    )
+    command = Create(terms, status)
+
+    def ask(reply: Reply, receipt: Receipt | None) -> None:
+        service.registry.create(command, reply, receipt)
+
+    return await _decided(service, request, caller, "create_drop", msgspec.json.encode(wanted), ask)
+
+
+async def list_drops(service: Service, request: Request) -> Answer:
+    page = schemas.page(request.query)
+    drops, total = service.registry.board.listed(page.limit, page.offset)
+    data = {"items": [answers.drop(state) for state in drops], "pagination": _pagination(page, total)}
+    return answers.success(200, data, request.request_id)
+
+
+async def show_drop(service: Service, request: Request) -> Answer:
+    state = await _drop(service, _drop_id(request))
+    return answers.success(200, answers.drop(state), request.request_id)
+
+
+# Reservations -----------------------------------------------------------------------------------------
+
+
+async def reserve(service: Service, request: Request) -> Answer:
+    caller, drop_id = await _buyer(service, request)
+    command = Reserve(caller.user_id, ReservationId(service.ids.new()), service.settings.hold_ms)
+    return await _asked(service, request, caller, "reserve", drop_id, command)
+
+
+async def purchase(service: Service, request: Request) -> Answer:
+    caller, drop_id = await _buyer(service, request)
+    command = Purchase(caller.user_id, caller.username, PurchaseId(service.ids.new()))
+    return await _asked(service, request, caller, "purchase", drop_id, command)
+
+
+async def cancel_reservation(service: Service, request: Request) -> Answer:
+    caller = await service.auth.caller(request.headers)
+    schemas.body(schemas.Nothing, request.headers.get("content-type"), request.body)
+    reservation_id = ReservationId(schemas.path_id("id", request.path["id"]))
+    for hold in service.registry.board.holds_of(caller.user_id):
+        if hold.id == reservation_id:
+            outcome = await service.registry.call(hold.drop_id, Cancel(caller.user_id, reservation_id))
+            if not (isinstance(outcome, Refused) and outcome.code is RefusalCode.RESERVATION_NOT_FOUND):
+                return _answer(outcome, request)
+    # It is not active, or not this caller's: how it ended stands in the tables, and ended reservations stay ended.
+    raise errors.refused(await _why_not_active(service, caller, reservation_id))
+
+
+async def my_reservations(service: Service, request: Request) -> Answer:
+    caller = await service.auth.caller(request.headers)
+    now = service.registry.clock.now()
+    board = service.registry.board
+    found: list[tuple[Hold, Drop]] = []
+    for hold in board.holds_of(caller.user_id):
+        state = board.drop(hold.drop_id)
+        if hold.expires_at > now and state is not None:
+            found.append((hold, state))
+    return answers.success(200, answers.holds(found), request.request_id)
+
+
+async def my_purchases(service: Service, request: Request) -> Answer:
+    caller = await service.auth.caller(request.headers)
+    page = schemas.page(request.query)
+    found = await service.reads.purchases_of(caller.user_id, limit=page.limit, offset=page.offset)
+    items = [
+        {
+            "id": line.id,
+            "drop_id": line.drop_id,
+            "reservation_id": line.reservation_id,
+            "qty": line.qty,
+            "status": "paid",
+            "created_at": answers.iso(line.created_at),
+            "drop": {"id": line.drop_id, "name": line.drop_name},
+        }
+        for line in found.items
+    ]
+    return answers.success(200, {"items": items, "pagination": _pagination(page, found.total)}, request.request_id)
+
+
+# The rest ---------------------------------------------------------------------------------------------
+
+
+async def health(service: Service, request: Request) -> Answer:
+    await service.ping()
+    uptime_s = round(trio.current_time() - service.started_at, 3)
+    return answers.success(200, {"service": "api", "uptime": uptime_s, "db": "up"}, request.request_id)
+
+
+async def me(service: Service, request: Request) -> Answer:
+    caller = await service.auth.caller(request.headers)
+    return answers.success(200, {"user": {"id": caller.user_id, "username": caller.username}}, request.request_id)
+
+
+async def echo(service: Service, request: Request) -> Answer:
+    received = schemas.body(schemas.Echo, request.headers.get("content-type"), request.body)
+    return answers.success(200, {"received": received}, request.request_id)
+
+
+async def create_user(service: Service, request: Request) -> Answer:
+    _development_only(service)
+    wanted = schemas.body(schemas.NewUser, request.headers.get("content-type"), request.body)
+    user_id = service.ids.new()
+    try:
+        await service.reads.add_user(UserId(user_id), wanted.username, at=service.registry.clock.now())
+    except UsernameTaken:
+        raise ApiError(409, "USERNAME_TAKEN", "Somebody has that name already.") from None
+    return answers.success(201, {"id": user_id, "username": wanted.username}, request.request_id)
+
+
+async def expire_now(service: Service, request: Request) -> Answer:
+    _development_only(service)
+    expired = await service.registry.expire_now()
+    data = {"expiredCount": sum(expired.values()), "updatedDropIds": sorted(expired)}
+    return answers.success(200, data, request.request_id)
+
+
+# Asking and answering ---------------------------------------------------------------------------------
+
+
+async def _buyer(service: Service, request: Request) -> tuple[Caller, DropId]:
+    """The caller and the drop of a hot request whose body says nothing."""
+    caller = await service.auth.caller(request.headers)
+    drop_id = _drop_id(request)
+    schemas.body(schemas.Nothing, request.headers.get("content-type"), request.body)
+    await _drop(service, drop_id)
+    return caller, drop_id
+
+
+async def _asked(
+    service: Service, request: Request, caller: Caller, operation: str, drop_id: DropId, command: Command
+) -> Answer:
+    def ask(reply: Reply, receipt: Receipt | None) -> None:
+        service.registry.ask(drop_id, command, reply, receipt)
+
+    return await _decided(service, request, caller, operation, drop_id.encode(), ask)
+
+
+async def _decided(
+    service: Service, request: Request, caller: Caller, operation: str, target: bytes, ask: idempotency.Ask
+) -> Answer:
+    """Ask, under the caller's idempotency key if there is one, and render what came of it."""
+    key = schemas.idempotency_key(request.headers.get("idempotency-key"))
+    if key is None:
+        outcome = await service.registry.wait_for(lambda reply: ask(reply, None))
+        return _answer(outcome, request)
+
+    def render(decision: Decision) -> StoredAnswer:
+        answer = _answer(decision, request)
+        return StoredAnswer(answer.status_code, answer.body)
+
+    found = await service.keys.once(
+        (caller.user_id, operation, key),
+        idempotency.fingerprint(target),
+        ask,
+        render,
+        service.registry.answer_s,
+    )
+    if isinstance(found, Replayed):
+        return Answer(found.answer.status_code, found.answer.body, (("Idempotency-Replayed", "true"),))
+    if isinstance(found, StoredAnswer):
+        return Answer(found.status_code, found.body)
+    return _answer(found, request)
+
+
+def _answer(outcome: Outcome, request: Request) -> Answer:
+    rendered = _rendered(outcome)
+    if isinstance(rendered, ApiError):
+        return answers.error(rendered, request.request_id)
+    return answers.success(*rendered, request.request_id)
+
+
+def _rendered(outcome: Outcome) -> tuple[int, Any] | ApiError:
+    match outcome:
+        case Reserved(hold=hold, available_stock=available_stock):
+            return 201, answers.reserved(hold, available_stock)
+        case Purchased():
+            return 201, answers.purchased(outcome)
+        case Cancelled(hold=hold, available_stock=available_stock):
+            return 200, answers.cancelled(hold, available_stock)
+        case DropCreated():
+            return 201, answers.new_drop(outcome)
+        case Refused(code=code):
+            return errors.refused(code)
+        case Fault(code=fault_code):
+            return errors.fault(fault_code)
+        case Expired() | DropUpdated() | Swept():
+            raise AssertionError(f"nobody asked for {outcome}")
+    assert_never(outcome)
+
+
+async def _why_not_active(service: Service, caller: Caller, reservation_id: ReservationId) -> RefusalCode:
+    row = await service.reads.reservation(reservation_id)
+    if row is None or row.user_id != caller.user_id:
+        return RefusalCode.RESERVATION_NOT_FOUND
+    if row.status is ReservationStatus.EXPIRED:
+        return RefusalCode.RESERVATION_EXPIRED
+    return RefusalCode.RESERVATION_NOT_ACTIVE
+
+
+async def _drop(service: Service, drop_id: DropId) -> Drop:
+    """The drop's committed state, loaded if it is not in memory.
+
+    Raises:
+        ApiError: 404.
+    """
+    state = service.registry.board.drop(drop_id)
+    if state is not None:
+        return state
+    # Asked first, since taking over costs more than a look, and anybody can make up ids.
+    if not await service.reads.has_drop(drop_id):
+        raise errors.refused(RefusalCode.DROP_NOT_FOUND)
+    found = await service.registry.find(drop_id)
+    if found is None:
+        raise errors.refused(RefusalCode.DROP_NOT_FOUND)
+    if isinstance(found, Fault):
+        raise errors.fault(found.code)
+    return found
+
+
+def _drop_id(request: Request) -> DropId:
+    return DropId(schemas.path_id("id", request.path["id"]))
+
+
+def _development_only(service: Service) -> None:
+    if service.settings.is_production:
+        raise errors.not_found()
+
+
+def _pagination(page: schemas.Page, total: int) -> dict[str, int]:
+    return {"limit": page.limit, "offset": page.offset, "total": total}

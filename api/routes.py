@@ -1,0 +1,36 @@
+"""Every route, in one table: method, path under the base paths, and the handler that answers.
+
+Each lane serves this table, under `/api/v1` and under its alias `/api`.
+"""
+
+import msgspec
+
+from api import handlers
+from api.handlers import Handler
+
+BASE_PATHS = ("/api/v1", "/api")
+
+
+class Route(msgspec.Struct, frozen=True):
+    """`path` names its ids in braces: `/drops/{id}`."""
+
+    method: str
+    path: str
+    handler: Handler
+
+
+ROUTES = (
+    Route("GET", "/health", handlers.health),
+    Route("GET", "/me", handlers.me),
+    Route("POST", "/demo/echo", handlers.echo),
+    Route("GET", "/drops", handlers.list_drops),
+    Route("POST", "/drops", handlers.create_drop),
+    Route("GET", "/drops/{id}", handlers.show_drop),
+    Route("POST", "/drops/{id}/reserve", handlers.reserve),
+    Route("POST", "/drops/{id}/purchase", handlers.purchase),
+    Route("GET", "/reservations/me", handlers.my_reservations),
+    Route("DELETE", "/reservations/{id}/cancel", handlers.cancel_reservation),
+    Route("GET", "/purchases/me", handlers.my_purchases),
+    Route("POST", "/internal/users", handlers.create_user),
+    Route("POST", "/internal/expire-now", handlers.expire_now),
+)

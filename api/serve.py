@@ -1,0 +1,227 @@
+"""The composition root: opens everything in nesting order, and is the only module that sees all of it.
+
+    front end          answers from the first moment on: `/healthz`, and 503 to the rest until the engine is up
+      storage          the embedded PostgreSQL or one of the user's own, checks, migrations, the ledger, reads
+        engine         committer around registry around actors and timer
+          gate open    until SIGTERM: then the door closes, what was asked is answered, the last batch committed
+
+The front end opens first, since a process that waits for its database must say so; it is drained first, too.
+"""
+
+import math
+import random
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import msgspec
+import structlog
+import trio
+
+from api.app import Gate, create_app
+from api.auth import Authenticator, UserDirectory
+from api.front import Front, PortTaken, listen
+from api.handlers import Service
+from api.idempotency import KeyBook
+from api.ids import IdSource
+from api.settings import AuthMode, Settings
+from engine.clock import Clock
+from engine.ledger import Unavailable
+from engine.model import Instant
+from engine.publisher import Publisher
+from engine.registry import running
+from persistence import migrate
+from persistence.embedded import EmbeddedPostgres, EmbeddedServerError, forget_pg_variables
+from persistence.ledger import LedgerOptions, PostgresLedger, open_ledger
+from persistence.reads import Reads
+from persistence.startup import CLOCK_SKEW_MAX_S, StartRefused
+from persistence.trio_pg import Pool
+
+log = structlog.get_logger()
+
+RETRY_S = 0.2  # between two looks at a database that is not there yet
+PATIENCE_S = 0.9  # that a read waits for a connection: then it is 503, within a second
+PRUNE_S = 3600.0  # between two clean-outs of old idempotency keys
+WATCH_S = 0.2  # between two looks at the embedded server's process
+MS_PER_HOUR = 3_600_000
+
+OPERATOR_ERRORS = (PortTaken, StartRefused, EmbeddedServerError, migrate.SchemaOutdated)
+
+
+def main(settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C; the process's exit code.
+
+    Raises:
+        PortTaken, StartRefused, EmbeddedServerError, SchemaOutdated: one sentence for the operator.
+    """
+    try:
+        return trio.run(_serve, settings)
+    except BaseExceptionGroup as group:
+        told = _told_operator(group)
+        if told is None:
+            raise
+        raise told from None
+
+
+class Storage(msgspec.Struct, frozen=True):
+    """The two ways to the database: the one that writes, and the pool that reads."""
+
+    ledger: PostgresLedger
+    reads: Reads
+
+
+async def _serve(settings: Settings) -> int:
+    listening = listen(settings.host, settings.port)
+    gate = Gate()
+    front = Front(create_app(settings, gate))
+    for name in settings.ignored:
+        log.warning("setting_without_effect", name=name, reason="deadlines are exact, not polled")
+    async with trio.open_nursery() as nursery, front.open(listening):
+        port = listening[0].getsockname()[1]
+        log.info("listening", url=f"http://{settings.host}:{port}", env=settings.app_env)
+        stop = trio.Event()
+        with trio.CancelScope() as starting:
+            await nursery.start(_stop_on_signal, stop, gate, starting)
+            async with _storage(settings) as storage, _engine(settings, storage) as service:
+                gate.service = service
+                log.info("ready", drops=service.registry.statistics().drops)
+                await stop.wait()
+                await _drain(settings, gate, front, service)
+        nursery.cancel_scope.cancel()
+    log.info("stopped")
+    return 0
+
+
+async def _stop_on_signal(
+    stop: trio.Event, gate: Gate, starting: trio.CancelScope, task_status: trio.TaskStatus[None]
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("stopping", signal=signal.Signals(number).name)
+            break
+    # A second one ends us at once, wherever we are; the ledger is as safe as after any crash.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    stop.set()
+    if gate.service is None:
+        starting.cancel()
+
+
+async def _drain(settings: Settings, gate: Gate, front: Front, service: Service) -> None:
+    """No new requests; those that were taken are answered; the last batch is committed."""
+    gate.is_stopping = True
+    with trio.move_on_after(settings.shutdown_timeout_ms / 1000):
+        await front.drain(settings.shutdown_timeout_ms / 1000)
+        await service.registry.drain()
+
+
+@asynccontextmanager
+async def _engine(settings: Settings, storage: Storage) -> AsyncIterator[Service]:
+    reads = storage.reads
+    clock = Clock(not_before=await storage.ledger.newest_instant())
+    may_create = not settings.is_production or settings.auth_mode is AuthMode.JWT
+    users = UserDirectory(lambda strangers: reads.introduce(strangers, create=may_create, at=clock.now()))
+    keep_ms = settings.idempotency_keep_hours * MS_PER_HOUR
+    keys = KeyBook(reads.find_receipt, keep_ms / 1000)
+    keys.learn(await reads.keys_since(Instant(clock.now() - keep_ms)))
+    async with running(storage.ledger, clock, Publisher(), settings.limits) as registry, trio.open_nursery() as nursery:
+        nursery.start_soon(users.run)
+        nursery.start_soon(_prune_keys, reads, clock, keep_ms)
+        yield Service(
+            settings=settings,
+            registry=registry,
+            reads=reads,
+            users=users,
+            auth=Authenticator(settings, users),
+            keys=keys,
+            ids=IdSource(clock.now),
+            started_at=trio.current_time(),
+        )
+        nursery.cancel_scope.cancel()
+
+
+async def _prune_keys(reads: Reads, clock: Clock, keep_ms: int) -> None:
+    while True:
+        try:
+            await reads.prune(Instant(clock.now() - keep_ms))
+        except Unavailable as fault:
+            log.warning("prune_failed", reason=str(fault))
+        await trio.sleep(PRUNE_S)
+
+
+# Storage ----------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _storage(settings: Settings) -> AsyncIterator[Storage]:
+    options = LedgerOptions(
+        commit_timeout_s=settings.commit_timeout_ms / 1000,
+        clock_skew_max_s=math.inf if settings.allow_clock_skew else CLOCK_SKEW_MAX_S,
+        allow_unsafe_durability=settings.allow_unsafe_durability,
+    )
+    async with _database(settings) as dsn, _patiently_opened(dsn, options) as ledger:
+        pool = Pool(dsn, size=settings.pool_size, acquire_timeout_s=PATIENCE_S, connect_timeout_s=PATIENCE_S)
+        try:
+            yield Storage(ledger, Reads(pool, random.Random()))
+        finally:
+            await pool.aclose()
+
+
+@asynccontextmanager
+async def _patiently_opened(dsn: str, options: LedgerOptions) -> AsyncIterator[PostgresLedger]:
+    """The ledger, however long its database is not there yet."""
+    async with AsyncExitStack() as opened:
+        reason = ""
+        while True:
+            try:
+                ledger = await opened.enter_async_context(open_ledger(dsn, options))
+                break
+            except Unavailable as fault:
+                if str(fault) != reason:
+                    reason = str(fault)
+                    log.warning("database_awaited", reason=reason)
+                await trio.sleep(RETRY_S)
+        yield ledger
+
+
+@asynccontextmanager
+async def _database(settings: Settings) -> AsyncIterator[str]:
+    """The database's DSN: the user's own, or that of an embedded server that lives as long as this block."""
+    if settings.database_url is not None:
+        yield settings.database_url
+        return
+    postgres = EmbeddedPostgres(settings.data_dir)
+    try:
+        server = await trio.to_thread.run_sync(postgres.start)
+        forget_pg_variables()
+        await trio.to_thread.run_sync(migrate.upgrade, server.dsn)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_keep_running, postgres)
+            yield server.dsn
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(postgres.stop)
+
+
+async def _keep_running(postgres: EmbeddedPostgres) -> None:
+    """Start the embedded server again when it dies under us."""
+    while True:
+        await trio.sleep(WATCH_S)
+        if postgres.is_running:
+            continue
+        log.error("embedded_postgres_died")
+        try:
+            await trio.to_thread.run_sync(postgres.stop)
+            await trio.to_thread.run_sync(postgres.start)
+            log.warning("embedded_postgres_restarted")
+        except EmbeddedServerError as fault:
+            log.error("embedded_postgres_not_restarted", reason=str(fault))
+
+
+def _told_operator(error: BaseException) -> Exception | None:
+    """The one thing in a group of errors that an operator can mend, if there is one."""
+    if isinstance(error, BaseExceptionGroup):
+        return next((told for part in error.exceptions if (told := _told_operator(part))), None)
+    return error if isinstance(error, OPERATOR_ERRORS) else None

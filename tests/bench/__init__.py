@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against something run side by side, never absolute times."""

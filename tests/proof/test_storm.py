@@ -1,0 +1,93 @@
+"""Three hundred people want fifty units: each unit goes to one of them, and nobody is told anything untrue."""
+
+import random
+from collections import Counter
+from datetime import datetime
+
+import trio
+
+from tests.proof import checks
+from tests.proof.clients import Shop, User
+from tests.proof.conftest import StartEngine
+
+TTL_S = 1
+UNITS = 50
+
+
+async def test_storm_of_300_users_on_50_units_sells_each_unit_once_and_refuses_honestly(
+    database: str, engine: StartEngine, rng: random.Random
+) -> None:
+    server = engine(database, RESERVATION_TTL_SECONDS=str(TTL_S))
+    shop = Shop(server.port)
+    drop_id = await shop.new_drop(UNITS)
+    users = await shop.users(300)
+    plans = [(user, rng.random() < 0.3, [rng.uniform(0, 0.9) for _ in range(4)]) for user in users]
+
+    async def want(user: User, is_buyer: bool, pauses: list[float]) -> None:
+        for pause_s in pauses:
+            held = await user.reserve(drop_id)
+            await trio.sleep(pause_s)
+            if held.status == 201 and is_buyer:
+                await user.purchase(drop_id)
+                return
+
+    async with trio.open_nursery() as nursery:
+        for plan in plans:
+            nursery.start_soon(want, *plan)
+    with trio.fail_after(TTL_S + 5):
+        while checks.number(database, "SELECT sum(held_count) FROM drops"):
+            await trio.sleep(0.05)
+
+    history = shop.history
+    print(history.codes())
+    assert {exchange.code for exchange in history.exchanges} <= {
+        "",
+        "OUT_OF_STOCK",
+        "ALREADY_RESERVED",
+        "RESERVATION_EXPIRED",
+    }
+    assert history.of("reserve", 409, "OUT_OF_STOCK"), "it was no storm"
+    assert checks.violations(database) == []
+    assert checks.lost_or_made_up(database, history) == []
+    assert checks.dishonest(database, history) == []
+    assert checks.out_of_order(database, history) == []
+    sold = len(history.of("purchase", 201))
+    assert 0 < sold <= UNITS
+    assert await shop.available(drop_id) == UNITS - sold
+    for exchange in history.of("reserve", 201):
+        assert exchange.answer is not None
+        hold = exchange.answer.data["reservation"]
+        lasted = datetime.fromisoformat(hold["expires_at"]) - datetime.fromisoformat(hold["created_at"])
+        assert lasted.total_seconds() == TTL_S
+
+
+async def test_same_user_twenty_times_at_once_gets_one_reservation(database: str, engine: StartEngine) -> None:
+    shop = Shop(engine(database).port)
+    drop_id = await shop.new_drop(UNITS)
+    (user,) = await shop.users(1)
+    twins = [user.twin() for _ in range(20)]
+    async with trio.open_nursery() as nursery:
+        for twin in twins:
+            nursery.start_soon(twin.get, "/me")  # so that all are connected when it starts
+    async with trio.open_nursery() as nursery:
+        for twin in twins:
+            nursery.start_soon(twin.reserve, drop_id)
+    answers = Counter((exchange.status, exchange.code) for exchange in shop.history.exchanges)
+    assert answers == {(201, ""): 1, (409, "ALREADY_RESERVED"): 19}
+    assert await shop.available(drop_id) == UNITS - 1
+    assert checks.violations(database) == []
+    assert checks.lost_or_made_up(database, shop.history) == []
+
+
+async def test_last_unit_wanted_by_a_hundred_at_once_goes_to_one(database: str, engine: StartEngine) -> None:
+    shop = Shop(engine(database).port)
+    drop_id = await shop.new_drop(1)
+    users = await shop.users(100)
+    async with trio.open_nursery() as nursery:
+        for user in users:
+            nursery.start_soon(user.reserve, drop_id)
+    answers = Counter((exchange.status, exchange.code) for exchange in shop.history.exchanges)
+    assert answers == {(201, ""): 1, (409, "OUT_OF_STOCK"): 99}
+    assert await shop.available(drop_id) == 0
+    assert checks.violations(database) == []
+    assert checks.dishonest(database, shop.history) == []
