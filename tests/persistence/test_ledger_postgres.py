@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 import msgspec
+import psycopg
 import pytest
 import trio
 from psycopg import sql
@@ -110,6 +111,44 @@ async def test_a_connection_that_was_closed_before_sending_leaves_no_doubt(subje
     subject.ledger._writer.abort()
     scribe.reserves(user())
     assert await subject.ledger.commit([scribe.change()]) == {scribe.drop_id}
+
+
+async def test_an_error_that_no_server_wrote_leaves_doubt(subject: PostgresSubject) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    writer = await subject.ledger._ready_writer()
+
+    async def odd(*_: object, **__: object) -> NoReturn:
+        raise psycopg.OperationalError("something odd")
+
+    writer.run_prepared = odd  # type: ignore[method-assign]
+    scribe.reserves(user())
+    batch = [scribe.change()]
+    with pytest.raises(InDoubt, match="something odd"):
+        await subject.ledger.commit(batch)
+    assert writer.closed
+    assert await subject.ledger.resolve(batch) == {scribe.drop_id: Resolution(False, 2)}
+
+
+async def test_a_role_with_another_isolation_level_makes_no_difference(database: str, session: TrioConnection) -> None:
+    name = sql.Identifier(session.info.dbname)
+    serializable = sql.SQL("ALTER DATABASE {} SET default_transaction_isolation = 'serializable'").format(name)
+    await session.execute(serializable)
+    async with open_ledger(database, TEST_OPTIONS) as ledger:
+        scribe = Scribe()
+        await ledger.commit([scribe.birth()])
+        scribe.reserves(user())
+        batch = [scribe.change()]
+        hits: list[frozenset[str]] = []
+
+        async def commit() -> None:
+            hits.append(frozenset(await ledger.commit(batch)))
+
+        async with trio.open_nursery() as nursery, session.transaction():
+            await session.execute("UPDATE drops SET epoch = epoch + 1 WHERE id = %s", (scribe.drop_id,))
+            nursery.start_soon(commit)
+            await until_waiting(session, writer_pid(ledger))
+        assert hits == [frozenset()]
 
 
 async def test_a_server_out_of_reach_is_unavailable(subject: PostgresSubject, server: EmbeddedServer) -> None:

@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import trio
 import trio.testing
 from psycopg import errors, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.waiting import Ready, Wait
 
 from persistence import trio_pg
 from persistence.trio_pg import (
@@ -336,6 +337,36 @@ async def test_pipeline_works(conn: TrioConnection) -> None:
     assert conn.is_idle
 
 
+async def test_waiting_for_both_ends_with_the_first() -> None:
+    """Else server and client could each wait for the other to read, once the buffers between them are full."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, trio.fail_after(GENEROUS_S):
+        ours.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                ours.send(bytes(65536))
+        async with trio.open_nursery() as nursery:
+            waited: list[int] = []
+
+            async def wait() -> None:
+                waited.append(await trio_pg._ready(ours.fileno(), Wait.RW))
+
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            assert waited == []
+            theirs.send(b"!")
+        assert waited == [Ready.R]
+
+
+async def test_pipeline_of_more_than_the_buffers_hold_goes_through(roads: Roads) -> None:
+    big = "x" * 100_000
+    async with await connect(roads.dsn) as conn:
+        with trio.fail_after(GENEROUS_S):
+            async with conn.pipeline():
+                cursors = [await conn.execute("SELECT %s", [big]) for _ in range(300)]
+            assert [await cursor.fetchone() for cursor in cursors] == [(big,)] * 300
+
+
 async def test_refusal_in_a_pipeline_aborts_the_pipeline_and_not_the_connection(conn: TrioConnection) -> None:
     async with conn.pipeline():
         refused = await conn.execute("SELECT 1 / 0")
@@ -344,6 +375,9 @@ async def test_refusal_in_a_pipeline_aborts_the_pipeline_and_not_the_connection(
         behind = await conn.execute("SELECT 1")
         with pytest.raises(errors.PipelineAborted):
             await behind.fetchone()
+        for _ in range(100):  # some are still under way when the answer to another is seen
+            with suppress(errors.PipelineAborted):
+                await conn.execute("SELECT 1")
     assert conn.is_idle
 
 
@@ -476,7 +510,9 @@ async def test_cancel_closes_the_connection_when_the_cancel_request_fails(
     await value(observer, "SELECT pg_terminate_backend(%s)", pid)  # nobody else would, for a minute
 
 
-async def test_abort_from_another_task_wakes_the_one_that_waits(conn: TrioConnection, observer: TrioConnection) -> None:
+async def test_abort_from_another_task_wakes_the_one_that_waits_for_an_answer(
+    conn: TrioConnection, observer: TrioConnection
+) -> None:
     async def abort_when_running() -> None:
         await wait_until_running(observer, conn.pgconn.backend_pid)
         conn.abort()
@@ -488,6 +524,23 @@ async def test_abort_from_another_task_wakes_the_one_that_waits(conn: TrioConnec
                 await conn.run_prepared(b"sleep", [b"2"])
     assert lost.value.was_sent
     conn.abort()  # twice is harmless
+
+
+async def test_abort_from_another_task_wakes_the_one_that_is_sending(roads: Roads) -> None:
+    async with await connect(roads.dsn) as conn:
+        await conn.prepare(b"echo", b"SELECT $1::text")
+        roads.roads[0].to_server.shut()
+
+        async def abort_when_full() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            conn.abort()
+
+        with trio.fail_after(GENEROUS_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(abort_when_full)
+                with pytest.raises(ConnectionLost) as lost:
+                    await conn.run_prepared(b"echo", [b"x" * 32_000_000])
+        assert lost.value.was_sent
 
 
 # --- transactions ---------------------------------------------------------------------------------------
@@ -552,31 +605,62 @@ async def test_cancel_inside_a_transaction_rolls_back_and_leaves_the_connection_
     assert await sales(conn) == 1
 
 
+@asynccontextmanager
+async def cancelled_before_the_answer(
+    road: Road, claim: Callable[[], Awaitable[bool]]
+) -> AsyncIterator[trio.CancelScope]:
+    """Cancel the body once the server has made `claim` true; only then let its answer through."""
+
+    async def cancel_then_open() -> None:
+        await eventually(claim)
+        scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        road.to_client.open()
+
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            nursery.start_soon(cancel_then_open)
+            yield scope
+
+
 async def test_cancel_after_commit_was_sent_lets_it_finish(
     roads: Roads, conn: TrioConnection, observer: TrioConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trio_pg, "GIVE_UP_S", GENEROUS_S)
 
-    async def cancel_once_committed(scope: trio.CancelScope, road: Road) -> None:
-        async def is_committed() -> bool:
-            return await sales(observer) == 1
+    async def is_committed() -> bool:
+        return await sales(observer) == 1
 
-        await eventually(is_committed)
-        scope.cancel()
-        await trio.testing.wait_all_tasks_blocked()
-        road.to_client.open()
-
-    async with await connect(roads.dsn) as remote, trio.open_nursery() as nursery:
+    async with await connect(roads.dsn) as remote:
         road = roads.roads[0]
-        with trio.CancelScope() as scope:
-            nursery.start_soon(cancel_once_committed, scope, road)
-            async with remote.transaction():
-                await remote.execute("INSERT INTO sale VALUES (1)")
-                road.to_client.shut()
+        async with cancelled_before_the_answer(road, is_committed) as scope, remote.transaction():
+            await remote.execute("INSERT INTO sale VALUES (1)")
+            road.to_client.shut()
         assert scope.cancelled_caught
         assert remote.is_idle
         assert len(roads.roads) == 1  # no request to cancel was made
     assert await sales(observer) == 1
+
+
+async def test_cancel_after_begin_was_sent_leaves_no_transaction_open(
+    roads: Roads, observer: TrioConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trio_pg, "GIVE_UP_S", GENEROUS_S)
+    async with await connect(roads.dsn) as remote:
+        pid = remote.pgconn.backend_pid
+
+        async def has_begun() -> bool:
+            state = await value(observer, "SELECT state FROM pg_stat_activity WHERE pid = %s", pid)
+            return bool(state == "idle in transaction")
+
+        road = roads.roads[0]
+        road.to_client.shut()
+        async with cancelled_before_the_answer(road, has_begun) as scope, remote.transaction():
+            raise AssertionError("a cancelled task must not get into a transaction")
+        assert scope.cancelled_caught
+        assert remote.is_idle
+        async with remote.transaction():
+            assert await value(remote, "SELECT 1") == 1
 
 
 async def test_transaction_whose_connection_broke_never_looks_committed(conn: TrioConnection) -> None:
@@ -623,6 +707,12 @@ async def test_error_result_of_a_living_server_is_a_definite_refusal(
     assert not isinstance(refused.value, ConnectionLost)
     assert conn.is_idle
     assert await sales(conn) == 1
+
+
+async def test_what_libpq_cannot_send_closes_the_connection(conn: TrioConnection) -> None:
+    with pytest.raises(ConnectionLost, match="65535"):
+        await conn.run_prepared(b"sell", [b"1"] * 65536)
+    assert conn.closed
 
 
 async def test_wrong_number_of_parameters_is_a_refusal(conn: TrioConnection) -> None:
