@@ -16,7 +16,7 @@ class Change(msgspec.Struct, frozen=True):
     """One drop's part of a batch. It stands or falls by its own guard: the drop still has `epoch` and `from_seq`.
 
     `events` are numbered `from_seq + 1 …` without gap; they may be empty when only receipts are stored (a refusal
-    under a key). A drop is born by a change whose first event is `DropCreated`; then `from_seq` is 0.
+    under a key). A drop is born by a change whose first event is `DropCreated`; then `from_seq` is 0, `epoch` 1.
     """
 
     drop_id: DropId

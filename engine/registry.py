@@ -156,10 +156,11 @@ class Registry:
         Raises:
             Unavailable: it is not in memory, and the ledger is out of reach.
         """
-        async with self._finding:
-            if drop_id not in self._actors and drop_id not in self._out_of_service:
-                for record in await self._ledger.take_over([drop_id]):
-                    self._adopt(record)
+        if not self._knows(drop_id):  # what is in memory never waits for the ledger
+            async with self._finding:
+                if not self._knows(drop_id):
+                    for record in await self._ledger.take_over([drop_id]):
+                        self._adopt(record)
         out = self._out_of_service.get(drop_id)
         return self.board.drop(drop_id) if out is None else Fault(out)
 
@@ -202,6 +203,9 @@ class Registry:
         if self._load.in_flight >= self._load.in_flight_max:
             return Fault(FaultCode.OVERLOADED)
         return None
+
+    def _knows(self, drop_id: DropId) -> bool:
+        return drop_id in self._actors or drop_id in self._out_of_service
 
     # The life of actors ------------------------------------------------------------------------------
 

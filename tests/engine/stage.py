@@ -8,19 +8,22 @@
 
 At the end of the block the engine is drained, and what must always hold is checked by `audit`, whatever the test did:
 each ask answered exactly once, with the truth; nothing in flight; the tables conserve; the board shows the tables.
-A commit takes 100 ms here, and the engine's clock starts at 0: a test's instants can be followed by eye.
+A commit takes 100 ms here, and the engine's clock is Trio's, from 0 on: a test's instants can be followed by eye.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
 
+import msgspec
 import trio
 
 from engine.clock import Clock
 from engine.ledger import Batch
 from engine.model import (
+    Cancel,
     Cancelled,
     Command,
     Create,
@@ -33,13 +36,17 @@ from engine.model import (
     Fault,
     FaultCode,
     Outcome,
+    Purchase,
     Purchased,
     Receipt,
+    RefusalCode,
     Refused,
+    ReservationId,
     ReservationStatus,
     Reserve,
     Reserved,
     Swept,
+    UserId,
 )
 from engine.publisher import Publisher
 from engine.registry import Limits, Registry, running
@@ -76,16 +83,22 @@ def has_no_room_for_rows(batch: Batch) -> Trouble:
 class Answer:
     """What an ask was answered, and when (ms of the engine's clock); it is answered once."""
 
-    def __init__(self, command: Command, clock: Clock) -> None:
+    def __init__(self, command: Command, drop_id: DropId, receipt: Receipt | None, on: "Stage") -> None:
         self.command = command
+        self.drop_id = drop_id
+        self.receipt = receipt
         self.outcome: Outcome | None = None
         self.at: int | None = None
-        self._clock = clock
+        self.seq_before = on.shown_seq(drop_id)
+        self._on = on
 
     def __call__(self, outcome: Outcome) -> None:
         assert self.outcome is None, f"answered twice: {self.outcome}, then {outcome}"
         self.outcome = outcome
-        self.at = self._clock.now()
+        self.at = self._on.clock.now()
+        if not isinstance(outcome, Fault):
+            assert outcome.seq <= self._on.shown_seq(self.drop_id), "answered before its commit"
+            assert outcome.seq >= self.seq_before, "decided on a state older than what the asker could see"
 
     @property
     def code(self) -> str:
@@ -106,7 +119,7 @@ class Stage:
         self.published.append((drop_id, event))
 
     def ask(self, command: Command, drop_id: DropId = DROP, receipt: Receipt | None = None) -> Answer:
-        answer = Answer(command, self.clock)
+        answer = Answer(command, drop_id, receipt, self)
         self.answers.append(answer)
         self.registry.ask(drop_id, command, answer, receipt)
         return answer
@@ -126,6 +139,10 @@ class Stage:
         made = terms(total, drop_id=drop_id, starts_at=starts_at, ends_at=ends_at, created_at=self.clock.now())
         outcome = await self.create(Create(made, status))
         assert isinstance(outcome, DropCreated), outcome
+
+    def shown_seq(self, drop_id: DropId) -> int:
+        drop = self.registry.board.drop(drop_id)
+        return 0 if drop is None else drop.seq
 
     def counts(self, drop_id: DropId = DROP) -> tuple[int, int, int]:
         """(available, held, sold) as the board shows them."""
@@ -153,14 +170,15 @@ class Stage:
 @asynccontextmanager
 async def stage(ledger: MemoryLedger | None = None, limits: Limits | None = None) -> AsyncIterator[Stage]:
     ledger = ledger or MemoryLedger(latency_s=COMMIT_S)
-    clock = Clock(wall=lambda: 0.0)
+    clock = Clock(wall=trio.current_time)
     publisher = Publisher()
-    with trio.fail_after(10_000):  # on the mock clock: a hang becomes a failure
+    with trio.fail_after(100_000):  # on the mock clock: a hang becomes a failure
         async with running(ledger, clock, publisher, limits) as registry:
             on = Stage(registry, ledger, clock, publisher)
             yield on
             await registry.drain()
             audit_answers(on)
+            audit_refusals(on)
             audit_board(on)
         audit_tables(ledger)
 
@@ -179,8 +197,8 @@ def audit_answers(on: Stage) -> None:
                 raise AssertionError(f"never answered: {answer.command}")
             case DropCreated() as created:
                 assert written[created.terms.id, created.seq] == created
-            case Reserved() | Purchased() | Cancelled() | Expired() as event:
-                assert written[event.hold.drop_id, event.seq] == event
+            case Reserved() | Purchased() | Cancelled() | Expired() as done:
+                assert written[done.hold.drop_id, done.seq] == done
             case Fault(code=FaultCode.UNKNOWN):
                 pass
             case Refused() | Fault():
@@ -190,12 +208,83 @@ def audit_answers(on: Stage) -> None:
                     assert answer.command.terms.id not in tables.drops, "a phantom"
             case Swept() | DropUpdated():
                 pass
+        if answer.receipt is not None:
+            key = (answer.receipt.user_id, answer.receipt.operation, answer.receipt.key)
+            is_decided = not isinstance(answer.outcome, Fault)
+            assert (key in tables.receipts) == is_decided, "a receipt without its effect, or the reverse"
+            if not isinstance(answer.outcome, Fault):
+                assert tables.receipts[key][1].answer == answer.receipt.render(answer.outcome)
     seqs = defaultdict(list)
     for drop_id, event in on.published:
         assert written[drop_id, event.seq] == event, "told what was not committed"
         seqs[drop_id].append(event.seq)
     for of_drop in seqs.values():
         assert all(before < after for before, after in pairwise(of_drop)), "told out of order"
+
+
+class Moment(msgspec.Struct):
+    """A drop as it was after one of its events."""
+
+    status: DropStatus
+    available: int
+    active: dict[UserId, ReservationId]
+    ended: dict[UserId, str]
+
+
+def moments(ledger: MemoryLedger, drop_id: DropId) -> list[Moment]:
+    """The drop after each of its events, by `seq`; at 0 there is none."""
+    history = [Moment(DropStatus.DRAFT, 0, {}, {})]
+    for seq in range(1, ledger.tables.drops[drop_id].seq + 1):
+        now = copy.deepcopy(history[-1])
+        match ledger.tables.events[drop_id, seq].event:
+            case DropCreated(terms=made, status=status):
+                now.status, now.available = status, made.total_stock
+            case DropUpdated(status=status):
+                now.status = status
+            case Reserved(hold=hold):
+                now.active[hold.user_id] = hold.id
+                now.available -= hold.qty
+            case Purchased(hold=hold) as end:
+                del now.active[hold.user_id]
+                now.ended[hold.user_id] = type(end).__name__
+            case Cancelled(hold=hold) | Expired(hold=hold) as end:
+                del now.active[hold.user_id]
+                now.ended[hold.user_id] = type(end).__name__
+                now.available += hold.qty
+        history.append(now)
+    return history
+
+
+def audit_refusals(on: Stage) -> None:
+    """Each refusal was true at the moment of the drop's history that it names."""
+    histories = {drop_id: moments(on.ledger, drop_id) for drop_id in on.ledger.tables.drops}
+    for answer in on.answers:
+        if isinstance(answer.outcome, Refused) and answer.outcome.code is not RefusalCode.DROP_NOT_FOUND:
+            then = histories[answer.drop_id][answer.outcome.seq]
+            assert is_honest(answer.outcome.code, answer.command, then), (answer.command, answer.outcome, then)
+
+
+def is_honest(code: RefusalCode, command: Command, then: Moment) -> bool:
+    is_live = then.status is DropStatus.LIVE
+    match command:
+        case Reserve(user_id=user, qty=qty):
+            return {
+                RefusalCode.DROP_NOT_ACTIVE: not is_live,
+                RefusalCode.ALREADY_RESERVED: is_live and user in then.active,
+                RefusalCode.OUT_OF_STOCK: is_live and user not in then.active and then.available < qty,
+            }[code]
+        case Purchase(user_id=user):
+            ended = {
+                RefusalCode.RESERVATION_REQUIRED: None,
+                RefusalCode.RESERVATION_EXPIRED: "Expired",
+                RefusalCode.RESERVATION_NOT_ACTIVE: "Cancelled",
+                RefusalCode.ALREADY_PURCHASED: "Purchased",
+            }
+            return user not in then.active and then.ended.get(user) == ended[code]
+        case Cancel(user_id=user, reservation_id=reservation_id):
+            return code is RefusalCode.RESERVATION_NOT_FOUND and then.active.get(user) != reservation_id
+        case _:
+            return False
 
 
 def audit_board(on: Stage) -> None:
