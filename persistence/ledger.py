@@ -17,7 +17,6 @@ from typing import Final, TypeVar
 import psycopg
 import structlog
 import trio
-from psycopg.waiting import Ready
 
 from engine.ledger import (
     Batch,
@@ -32,7 +31,7 @@ from engine.model import DropId, DropRecord, Instant
 from persistence import batch_sql, loading, resolution, statements
 from persistence.encoding import encode
 from persistence.startup import CLOCK_SKEW_MAX_S, EngineLock, StartRefused, check_server, check_settings
-from persistence.trio_pg import Backend, ConnectionLost, TrioConnection, _ready_now, is_refusal, terminate_backend
+from persistence.trio_pg import Backend, ConnectionLost, TrioConnection, is_refusal, terminate_backend
 
 log = structlog.get_logger(__name__)
 
@@ -173,7 +172,7 @@ class PostgresLedger:
         try:
             # Shielded: nobody's cancellation may leave a batch in doubt. Bounded all the same.
             with trio.move_on_after(self._options.commit_timeout_s, shield=True):
-                result = await writer.run_prepared(statement, parameters)
+                result = await writer.run_prepared(statement, parameters, abandon_on_cancel=True)
                 hit = frozenset(
                     batch[int(result.get_value(row, 0) or b"") - 1].drop_id for row in range(result.ntuples)
                 )
@@ -192,7 +191,7 @@ class PostgresLedger:
     async def _ready_writer(self) -> TrioConnection:
         """The writer's connection, opened if there is none or the old one is dying."""
         if self._writer is not None:
-            if not self._writer.closed and not _has_news(self._writer):
+            if not self._writer.has_news:
                 return self._writer
             self.close()
         try:
@@ -357,11 +356,6 @@ async def _set(conn: TrioConnection, settings: Mapping[str, str]) -> None:
     names, values = list(settings), list(settings.values())
     each = "SELECT set_config(name, value, false) FROM unnest(%s::text[], %s::text[]) AS setting(name, value)"
     await conn.execute(each.encode(), (names, values))
-
-
-def _has_news(conn: TrioConnection) -> bool:
-    """An idle server has nothing to say, except that it is going away."""
-    return bool(_ready_now(conn.pgconn.socket) & Ready.R)
 
 
 def _describe(error: Exception) -> str:

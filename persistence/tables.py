@@ -5,10 +5,10 @@ Rules that every table keeps: its key contains `drop_id` where it has one, so th
 by it; an instant is a `timestamptz` that the engine's clock decided, never `now()`; nothing is done by
 triggers or functions.
 
-Rows of `reservations`, `purchases` and `drop_events` reference drops and users without a foreign key: they
-are written only where their drop's guarded update hit, so the drop exists by construction, and the check
-would lock and rewrite a users row for every hold on the hot path. `persistence.audit` looks for orphans
-instead.
+Rows of `reservations`, `purchases` and `drop_events` reference drops and users without a foreign key: they are written
+only where their drop's guarded update hit, so the drop exists by construction, and a check of the user would lock and
+rewrite a row of `users` for every hold on the hot path. `persistence.audit` looks for orphans of drops; a user without
+a row merely has the name that users without a name get.
 """
 
 import sqlalchemy as sa

@@ -202,24 +202,30 @@ class TrioConnection(psycopg.AsyncConnection[TupleRow]):
         *,
         formats: Sequence[int] | None = None,
         result_format: int = TEXT,
+        abandon_on_cancel: bool = False,
     ) -> PGresult:
         """Run a prepared statement once; one round trip. Values are in libpq's text format by default.
 
         Outside `transaction()` the statement is its own transaction, and committed when this returns.
 
         Cancelled before it starts: nothing happened. Cancelled later: the server is asked to stop it, and
-        whether it did is not reported; a caller that must know shields the call.
+        whether it did is not reported; a caller that must know shields the call. With `abandon_on_cancel`
+        the connection is closed at once instead, for a caller who has waited long enough.
 
         Raises:
             ConnectionLost: in doubt, unless `was_sent` is false.
             psycopg.Error: any other is the server's definite refusal (`is_refusal`).
         """
-        return await self._ask(lambda: self.pgconn.send_query_prepared(name, params, formats, result_format))
+        return await self._ask(
+            lambda: self.pgconn.send_query_prepared(name, params, formats, result_format),
+            abandon_on_cancel=abandon_on_cancel,
+        )
 
-    async def _ask(self, send: Callable[[], None]) -> PGresult:
+    async def _ask(self, send: Callable[[], None], *, abandon_on_cancel: bool = False) -> PGresult:
         async with self.lock:
             assert self._pipeline is None, "the hot path does not mix with pipeline mode"
-            return self._sole_result(await self._step(self._exchange_gen(send)))
+            exchange = self._exchange_gen(send)
+            return self._sole_result(await self._step(exchange, abandon_on_cancel=abandon_on_cancel))
 
     def _exchange_gen(self, send: Callable[[], None]) -> PQGen[list[PGresult]]:
         try:
@@ -249,8 +255,8 @@ class TrioConnection(psycopg.AsyncConnection[TupleRow]):
 
         `interval` has no meaning here. `timeout` is in seconds; psycopg uses it in `notifies()`.
 
-        Cancelled: see `run_prepared`. In pipeline mode the connection is always closed, since answers to
-        what was queued could no longer be told apart.
+        Cancelled: see `run_prepared`. With a pipeline under way the connection is closed, since the answers
+        to what was queued could no longer be told apart.
         """
         if timeout is None:
             return await self._step(gen)
@@ -258,7 +264,7 @@ class TrioConnection(psycopg.AsyncConnection[TupleRow]):
             return await self._step(gen)
         raise psycopg.errors._WaitTimeout("wait timeout expired")
 
-    async def _step(self, gen: PQGen[RV], *, stop_on_server: bool = True) -> RV:
+    async def _step(self, gen: PQGen[RV], *, stop_on_server: bool = True, abandon_on_cancel: bool = False) -> RV:
         self._check_connection_ok()
         exchange = _Exchange(gen, self.pgconn.socket)
         try:
@@ -267,17 +273,16 @@ class TrioConnection(psycopg.AsyncConnection[TupleRow]):
         except psycopg.Error as error:
             self._raise_refusal_or_loss(error)
         except BaseException:
-            await self._give_up(exchange, stop_on_server=stop_on_server)
+            if abandon_on_cancel and self.pgconn.transaction_status == ACTIVE:
+                self.abort()
+            else:
+                await self._give_up(exchange, stop_on_server=stop_on_server)
             raise
 
     def _raise_refusal_or_loss(self, error: psycopg.Error) -> NoReturn:
         """Raise the error as it came if the connection is sound; else close it and raise `ConnectionLost`."""
-        # psycopg gave up in the middle of an answer (COPY through `execute`). A pipeline is ACTIVE all along.
-        is_stuck = (
-            error.diag.sqlstate is None
-            and self.pgconn.transaction_status == ACTIVE
-            and self.pgconn.pipeline_status == PIPELINE_OFF
-        )
+        # psycopg gave up in the middle of an answer, as it does on COPY through `execute`.
+        is_stuck = error.diag.sqlstate is None and self.pgconn.transaction_status == ACTIVE
         if not (self.closed or is_stuck or _leaves_doubt(error)):
             raise error
         self.abort()
@@ -371,6 +376,11 @@ class TrioConnection(psycopg.AsyncConnection[TupleRow]):
     def is_idle(self) -> bool:
         """Whether the connection lives, runs nothing and is in no transaction and no pipeline."""
         return self.pgconn.transaction_status == IDLE and self.pgconn.pipeline_status == PIPELINE_OFF
+
+    @property
+    def has_news(self) -> bool:
+        """Whether an idle connection should be thrown away: a server has nothing to say, unless it is going."""
+        return self.closed or bool(_ready_now(self.pgconn.socket) & Ready.R)
 
     def abort(self) -> None:
         """Close at once; does nothing the second time. A task that waits here gets `ConnectionLost`."""
@@ -546,8 +556,7 @@ class Pool:
     def _live_idle(self) -> TrioConnection | None:
         while self._idle:
             conn = self._idle.pop()  # the one used last: it is the least likely to have gone stale
-            # A backend has nothing to say while idle, except that it is going away.
-            if not conn.closed and not _ready_now(conn.pgconn.socket) & Ready.R:
+            if not conn.has_news:
                 return conn
             self._discard(conn)
         return None

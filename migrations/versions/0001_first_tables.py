@@ -55,9 +55,7 @@ def _create_drops() -> None:
         sa.Column("created_by", sa.Uuid),
         sa.Column("created_at", Instant, nullable=False),
         sa.Column("updated_at", Instant, nullable=False, comment="the drop's last event"),
-        sa.Column(
-            "epoch", sa.BigInteger, nullable=False, comment="the fence: raised by each engine that takes over"
-        ),
+        sa.Column("epoch", sa.BigInteger, nullable=False, comment="the fence: raised by each engine that takes over"),
         sa.Column("seq", sa.BigInteger, nullable=False, comment="number of the drop's last event"),
         sa.PrimaryKeyConstraint("id", name="pk_drops"),
         sa.ForeignKeyConstraint(["created_by"], ["users.id"], name="fk_drops_created_by_users"),
@@ -132,9 +130,7 @@ def _create_purchases() -> None:
         _check("ck_purchases_status", "status = 'paid'"),
     )
     op.create_index("ix_purchases_latest", "purchases", ["drop_id", sa.text("seq DESC")])
-    op.create_index(
-        "ix_purchases_of_user", "purchases", ["user_id", sa.text("created_at DESC"), sa.text("id DESC")]
-    )
+    op.create_index("ix_purchases_of_user", "purchases", ["user_id", sa.text("created_at DESC"), sa.text("id DESC")])
 
 
 def _create_drop_events() -> None:

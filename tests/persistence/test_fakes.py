@@ -87,7 +87,7 @@ async def test_while_it_is_frozen_nothing_returns(ledger: MemoryLedger, autojump
 
 
 async def troubles(seed: int) -> list[str]:
-    chances = {trouble: 0.1 for trouble in Trouble if trouble is not Trouble.NONE}
+    chances: dict[Trouble, float] = {trouble: 0.1 for trouble in Trouble if trouble is not Trouble.NONE}
     ledger = MemoryLedger(random=Random(seed), chances=chances)
     met = []
     for _ in range(200):

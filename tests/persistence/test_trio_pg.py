@@ -81,7 +81,7 @@ async def sales(conn: TrioConnection) -> int:
 
 async def eventually(claim: Callable[[], Awaitable[bool]]) -> None:
     with trio.fail_after(GENEROUS_S):
-        while not await claim():  # noqa: ASYNC110  # the event is in another process
+        while not await claim():  # the event is in another process
             await trio.sleep(0.005)
 
 
@@ -375,9 +375,14 @@ async def test_refusal_in_a_pipeline_aborts_the_pipeline_and_not_the_connection(
         behind = await conn.execute("SELECT 1")
         with pytest.raises(errors.PipelineAborted):
             await behind.fetchone()
-        for _ in range(100):  # some are still under way when the answer to another is seen
-            with suppress(errors.PipelineAborted):
-                await conn.execute("SELECT 1")
+    assert conn.is_idle
+
+    with suppress(errors.PipelineAborted):  # from leaving it
+        async with conn.pipeline():
+            await conn.execute("SELECT 1 / 0")
+            for _ in range(100):  # some are still under way when the answer to another is seen
+                with suppress(errors.DivisionByZero, errors.PipelineAborted):
+                    await conn.execute("SELECT 1")
     assert conn.is_idle
 
 
