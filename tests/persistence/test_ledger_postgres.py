@@ -13,7 +13,7 @@ import pytest
 import trio
 from psycopg import sql
 
-from engine.ledger import Batch, InDoubt, LedgerFault, Rejected, Resolution, StorageFull, Unavailable
+from engine.ledger import Batch, Change, InDoubt, LedgerFault, Rejected, Resolution, StorageFull, Unavailable
 from engine.model import DropRecord, Instant
 from persistence import resolution, startup
 from persistence.embedded import EmbeddedServer
@@ -242,6 +242,24 @@ async def test_a_strangers_lock_is_waited_for_not_terminated(subject: PostgresSu
             await subject.ledger.take_over([scribe.drop_id])
     # The stranger is done, and the doubt is still there to be resolved.
     assert await subject.ledger.resolve(batch) == {scribe.drop_id: Resolution(True, 2)}
+
+
+async def test_a_drop_that_somebody_wrote_to_by_hand_keeps_no_other_from_its_truth(
+    subject: PostgresSubject, session: TrioConnection
+) -> None:
+    tampered, other = Scribe(), Scribe()
+    await born(subject, tampered, other)
+    tampered.reserves(user())
+    other.reserves(user())
+    batch = [tampered.change(), other.change()]
+    await session.execute("UPDATE drops SET seq = seq + 7 WHERE id = %s", (tampered.drop_id,))
+    assert await subject.ledger.commit(batch) == {other.drop_id}
+    assert await subject.ledger.resolve(batch) == {
+        tampered.drop_id: Resolution(False, 2),
+        other.drop_id: Resolution(True, 2),
+    }
+    # The contradiction is for its own guard to find.
+    assert await subject.ledger.commit([Change(tampered.drop_id, 2, 1, batch[0].events, [])]) == frozenset()
 
 
 async def test_a_birth_in_doubt_waits_until_its_backend_is_gone(database: str) -> None:
