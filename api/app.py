@@ -93,17 +93,19 @@ class AnsweredConnection(TrioASGIHTTPConnection):
     """One request whose answer is sent to its end, and what follows it done too.
 
     Hypercorn says "disconnected" from within the last send, and Quart-Trio takes that as the word to cancel that very
-    send: then a connection that should be closed is not, and one that falls silent is never closed either.
+    send: then a connection that was to be closed after this answer stays open, and its client waits.
     """
 
     def _create_request_from_scope(self, send: ASGISendCallable) -> TrioRequest:
         self.scope["path"] = self.scope["path"] or "/"  # of `GET ?x=1`, which Quart does not expect
         made = super()._create_request_from_scope(send)
         assert isinstance(made, TrioRequest)
+        made.host = "localhost"  # no route depends on it, and Quart fails on one that IDNA cannot encode: `Host: a..b`
         return made
 
     async def _send_response(self, send: ASGISendCallable, response: ResponseTypes) -> None:
-        with trio.CancelScope(shield=True):
+        # Over HTTP/2 it may wait for the peer's window, for ever if that peer is gone.
+        with trio.CancelScope(shield=self.scope["http_version"] != "2"):
             await super()._send_response(send, response)
 
 
@@ -142,7 +144,7 @@ def _view(gate: Gate, handler: Handler) -> Callable[..., Awaitable[Response]]:
             service,
             Request(
                 headers={name.lower(): value for name, value in request.headers.items()},
-                query=request.args,
+                query={name: values[-1] for name, values in request.args.lists()},
                 path=path,
                 body=await request.get_data(cache=True, as_text=False, parse_form_data=False),
                 request_id=g.request_id,
@@ -178,7 +180,10 @@ async def _begin() -> Response | None:
     structlog.contextvars.bind_contextvars(request_id=g.request_id)
     await request.get_data()
     if request.method == "OPTIONS":
-        return Response("", 204)
+        response = Response("", 204)
+        # Without a body there is nothing to measure and to name (RFC 9110, 8.6).
+        del response.headers["Content-Length"], response.headers["Content-Type"]
+        return response
     return None
 
 

@@ -131,7 +131,8 @@ class Authenticator:
         user_id = schemas.uuid_or_none(text)
         if user_id is None:
             raise ApiError(401, "INVALID_X_USER_ID", "X-User-Id must be a UUID.")
-        return UserId(user_id), _name(headers.get("x-user-name"), "X-User-Name")
+        name = headers.get("x-user-name")
+        return UserId(user_id), None if name is None else _name(_from_latin_1(name), "X-User-Name")
 
     def _from_token(self, authorization: str | None) -> tuple[UserId, str | None]:
         scheme, _, token = (authorization or "").partition(" ")
@@ -147,7 +148,7 @@ class Authenticator:
                 issuer=settings.jwt_issuer,
                 options={"require": ["exp", "sub"]},
             )
-        except jwt.PyJWTError as fault:
+        except (jwt.PyJWTError, RecursionError) as fault:  # the latter: JSON nested without end, in an unsigned header
             raise ApiError(401, "INVALID_TOKEN", f"The token is not valid: {fault}.") from None
         user_id = schemas.uuid_or_none(claims["sub"])
         if user_id is None:
@@ -156,14 +157,19 @@ class Authenticator:
         return UserId(user_id), _name(name, "token: name") if isinstance(name, str) else None
 
 
-def _name(text: str | None, where: str) -> str | None:
-    """A name that its bearer asked for, from Latin-1 header text that is UTF-8 more often than not."""
-    if text is None:
-        return None
+def _from_latin_1(text: str) -> str:
+    """Header text comes as Latin-1, and is UTF-8 more often than not."""
     with suppress(UnicodeError):
-        text = text.encode("latin-1").decode()
+        return text.encode("latin-1").decode()
+    return text
+
+
+def _name(text: str, where: str) -> str:
+    """A name that its bearer asked for."""
     name = text.strip()
-    if not schemas.USERNAME_MIN <= len(name) <= schemas.USERNAME_MAX or schemas.CONTROL.search(name):
+    # Half a surrogate pair is text to JSON, and to nothing else.
+    is_text = name.encode(errors="replace").decode() == name and not schemas.CONTROL.search(name)
+    if not schemas.USERNAME_MIN <= len(name) <= schemas.USERNAME_MAX or not is_text:
         limits = f"{schemas.USERNAME_MIN} to {schemas.USERNAME_MAX}"
         raise invalid([Detail(where, f"must be {limits} characters, without control characters")])
     return name

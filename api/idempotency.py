@@ -74,9 +74,11 @@ class KeyBook:
         """
         with trio.move_on_after(at_most_s):
             while (running := self._running.get(key)) is not None:
-                running.match(fingerprint)
+                if running.is_first:
+                    running.match(fingerprint)
                 await running.done.wait()
                 if running.answer is not None:
+                    running.match(fingerprint)
                     return Replayed(running.answer)
             return await self._first(key, fingerprint, ask, render)
         return Fault(FaultCode.UNKNOWN)
@@ -103,6 +105,7 @@ class KeyBook:
             running.fingerprint = stored.fingerprint
             running.match(fingerprint)
             return Replayed(stored.answer)
+        running.is_first = True
         ask(reply, Receipt(*key, fingerprint, remembering))
         await running.done.wait()
         return running.answer or running.outcome
@@ -121,18 +124,20 @@ class KeyBook:
         )
         if is_stored:
             running.answer = running.rendered
-            self.learn([key])
+        # After a fault too: the drop may have stumbled over this very key, used where we did not see it.
+        self.learn([key])
         del self._running[key]
         running.done.set()
 
 
 class _Running:
-    """A key whose first request is under way."""
+    """A key that is being worked on, by its first request (`is_first`) or by one that may be a retry."""
 
-    __slots__ = ("answer", "done", "fingerprint", "outcome", "rendered")
+    __slots__ = ("answer", "done", "fingerprint", "is_first", "outcome", "rendered")
 
     def __init__(self, fingerprint: bytes) -> None:
         self.fingerprint = fingerprint
+        self.is_first = False
         self.done = trio.Event()
         self.rendered: StoredAnswer | None = None
         self.answer: StoredAnswer | None = None

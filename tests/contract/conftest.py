@@ -1,9 +1,9 @@
 """Real servers for the contract, each with a database of its own; started when the first test asks for one.
 
-    shop         development, holds of 60 s; every test of it runs under both base paths
-    hasty        the same with holds of 1 s
-    strict       production, behind a proxy that sets X-User-Id, one page allowed to call
-    tokens       AUTH_MODE=jwt
+- `shop`: development, holds of 60 s; every test of it runs under both base paths
+- `hasty`: the same with holds of 2 s
+- `strict`: production, behind a proxy that sets X-User-Id, one page allowed to call
+- `tokens`: AUTH_MODE=jwt
 """
 
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def shop(shop_server: Server, base: str, http: httpx.Client) -> Shop:
 def hasty_server(server: EmbeddedServer, template: str, logs: Path) -> Iterator[Server]:
     with (
         _new_database(server, template) as dsn,
-        serving(dsn, logs / "hasty.log", RESERVATION_TTL_SECONDS="1") as running,
+        serving(dsn, logs / "hasty.log", RESERVATION_TTL_SECONDS="2") as running,
     ):
         yield running
 

@@ -8,6 +8,7 @@ import re
 import socket
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from json import dumps, loads
 from typing import Any, Literal
@@ -53,7 +54,8 @@ class Reply:
         self.raw = response.content
         assert response.headers["content-type"] == "application/json"
         body = response.json()
-        assert body["meta"] == {"requestId": response.headers["x-request-id"]} or "idempotency-replayed" in self.headers
+        self.is_replay = response.headers.get("idempotency-replayed") == "true"
+        assert body["meta"] == {"requestId": response.headers["x-request-id"]} or self.is_replay
         if response.is_success:
             assert set(body) == {"success", "data", "meta"}
             assert body["success"] is True
@@ -198,25 +200,26 @@ class WireAnswer:
 class Wire:
     """One connection, written to and read from byte by byte."""
 
-    def __init__(self, server: Server) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
+    def __init__(self, server: Server, patience_s: float = PATIENCE_S) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=patience_s)
         self._read = bytearray()
 
     def __enter__(self) -> "Wire":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._socket.close()
 
     def send(self, data: bytes) -> None:
         self._socket.sendall(data)
 
     def send_what_it_takes(self, data: bytes) -> None:
-        """Send as much as the server reads; it may answer and close before the end."""
-        try:
+        """Send as much as the server reads; it may answer and close before the end, or stop reading."""
+        with suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
             self._socket.sendall(data)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
 
     def answer(self, *, to: Literal["HEAD", "any"] = "any") -> WireAnswer:
         head = self._until(b"\r\n\r\n").decode("latin-1")

@@ -96,7 +96,7 @@ def test_name_of_3_to_50_characters_in_any_script_is_taken_as_it_is(shop: Shop, 
     assert reply.data["user"]["username"].startswith(name[:40])
 
 
-@pytest.mark.parametrize("name", ["an", "  an  ", "x" * 51, "a\tnn", "", "渋谷"])
+@pytest.mark.parametrize("name", ["an", "x" * 51, "a\tnn", "", "渋谷"])
 def test_name_that_is_none_is_422_and_makes_no_user(shop: Shop, name: str) -> None:
     user_id = new_id()
 
