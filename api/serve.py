@@ -129,7 +129,7 @@ async def _engine(settings: Settings, storage: Storage) -> AsyncIterator[Service
     may_create = not settings.is_production or settings.auth_mode is AuthMode.JWT
     users = UserDirectory(lambda strangers: reads.introduce(strangers, create=may_create, at=clock.now()))
     keep_ms = settings.idempotency_keep_hours * MS_PER_HOUR
-    # Every row that there is, and for as long as one can be there: a key that the book has forgotten while its row still
+    # Every row that there is, and for as long as one can be: a key that the book has forgotten while its row still
     # stands would be taken for a new one, and its row's key would reject the part that brings it.
     keys = KeyBook(reads.find_receipt, keep_ms / 1000 + 2 * PRUNE_S)
     keys.learn(await reads.keys_since(Instant(0)))

@@ -252,6 +252,28 @@ def test_key_outlives_a_power_cut(database: str, tmp_path: Path, http: httpx.Cli
         server.stop()
 
 
+def test_key_that_is_older_than_it_need_be_never_stops_its_drop(
+    database: str, tmp_path: Path, http: httpx.Client
+) -> None:
+    server = Server(database, tmp_path / "log").start()
+    try:
+        shop = Shop(server, "/api/v1", http)
+        visitor, drop = shop.visitor(), shop.drop(total_stock=3)
+        assert visitor.reserve(drop, key="k").status == 201
+
+        server.kill()
+        with psycopg.connect(database) as connection:
+            connection.execute("UPDATE idempotency_keys SET created_at = created_at - interval '25 hours'")
+        server.start()
+
+        # Replayed while its row stands, decided anew once it is pruned: never in the way of its drop.
+        again = visitor.reserve(drop, key="k")
+        assert again.is_replay or again.error == (409, "ALREADY_RESERVED")
+        assert visitor.reserve(drop, key="another").error == (409, "ALREADY_RESERVED")
+    finally:
+        server.stop()
+
+
 def test_key_that_only_the_database_remembers_stops_its_drop_for_a_moment_at_most(shop: Shop) -> None:
     # A row that outlived its time in memory, or that another server wrote.
     drop, visitor, other = shop.drop(total_stock=2), shop.visitor(), shop.visitor()
