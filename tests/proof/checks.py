@@ -1,7 +1,7 @@
 """What a history and the tables say about each other, and about the invariants.
 
-Its own SQL and its own model of a drop, written apart from the product's audit: two checkers of one thing must agree.
-Every check returns its findings as sentences; none is what a test wants.
+Its own SQL and its own model of a drop, written apart from the product's audit, which is asked too: two checkers of
+one thing see more than one. Every check returns its findings as sentences; none is what a test wants.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
 
+from persistence import audit
 from tests.proof.clients import Exchange, History
 
 Row = dict[str, Any]
@@ -44,7 +45,7 @@ _VIOLATIONS: Final = {
 
 def rows(dsn: str, query: str, *parameters: object) -> list[Row]:
     with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as connection:
-        return connection.execute(sql.SQL(query), parameters).fetchall()  # type: ignore[arg-type]
+        return connection.execute(sql.SQL(query), parameters).fetchall()
 
 
 def number(dsn: str, query: str, *parameters: object) -> int:
@@ -58,7 +59,7 @@ def violations(dsn: str) -> list[str]:
     with psycopg.connect(dsn, row_factory=dict_row) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         for name, query in _VIOLATIONS.items():
-            found += [f"{name}: {row}" for row in connection.execute(sql.SQL(query)).fetchall()]  # type: ignore[arg-type]
+            found += [f"{name}: {row}" for row in connection.execute(sql.SQL(query)).fetchall()]
         drops = connection.execute("SELECT * FROM drops").fetchall()
         for drop in drops:
             events = connection.execute(
@@ -66,6 +67,8 @@ def violations(dsn: str) -> list[str]:
             ).fetchall()
             reservations = connection.execute("SELECT * FROM reservations WHERE drop_id = %s", (drop["id"],)).fetchall()
             found += _replay(drop, events, reservations)
+    for result in audit.run(dsn):
+        found += [f"audit, {result.check.invariant} {result.check.name}: {row}" for row in result.rows]
     return found
 
 
@@ -139,8 +142,10 @@ def dishonest(dsn: str, history: History) -> list[str]:
             continue
         log = logs[exchange.drop_id]
         if not _was_true(exchange, log):
-            found.append(f"{exchange.operation} {exchange.code} of {exchange.user_id}: not true from"
-                         f" {exchange.began_at:.3f} to {exchange.ended_at:.3f}")
+            found.append(
+                f"{exchange.operation} {exchange.code} of {exchange.user_id}: not true from"
+                f" {exchange.began_at:.3f} to {exchange.ended_at:.3f}"
+            )
     return found
 
 
@@ -151,9 +156,7 @@ def _was_true(exchange: Exchange, log: list[Row]) -> bool:
     own = [event for event in log if str(event["user_id"]) == exchange.user_id]
     match exchange.code:
         case "OUT_OF_STOCK":
-            return any(
-                event["available_stock"] == 0 for event in _in_effect(log, since, until, "available_stock")
-            )
+            return any(event["available_stock"] == 0 for event in _in_effect(log, since, until, "available_stock"))
         case "ALREADY_RESERVED":
             return any(event["type"] == "RESERVED" for event in _in_effect(own, since, until, "type"))
         case "RESERVATION_EXPIRED":

@@ -8,7 +8,7 @@ What an answer says must be found in the tables, and the tables must hold nothin
 import itertools
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,10 @@ _keys = itertools.count(1)
 
 class NoAnswer(Exception):
     """The connection was refused or broke, or nothing came in time."""
+
+
+class NotSent(NoAnswer):
+    """Nobody listens there: for certain nothing was heard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class Exchange:
     began_at: float
     ended_at: float
     answer: Answer | None
+    was_sent: bool = True
     lost_because: str = ""
 
     @property
@@ -69,7 +74,9 @@ class Exchange:
 
     @property
     def code(self) -> str:
-        return "NO_ANSWER" if self.answer is None else self.answer.code
+        if self.answer is not None:
+            return self.answer.code
+        return "NO_ANSWER" if self.was_sent else "NOT_SENT"
 
     @property
     def is_unknown(self) -> bool:
@@ -77,8 +84,8 @@ class Exchange:
 
     @property
     def is_fault(self) -> bool:
-        """Whether the server said that it did not decide."""
-        return self.status == 503 and not self.is_unknown
+        """Whether it is certain that nothing was decided."""
+        return self.code == "NOT_SENT" or (self.status == 503 and not self.is_unknown)
 
     @property
     def made(self) -> str | None:
@@ -100,9 +107,7 @@ class History:
         return [
             exchange
             for exchange in self.exchanges
-            if exchange.operation == operation
-            and status in (None, exchange.status)
-            and code in (None, exchange.code)
+            if exchange.operation == operation and status in (None, exchange.status) and code in (None, exchange.code)
         ]
 
     def codes(self) -> dict[str, int]:
@@ -147,7 +152,7 @@ class Connection:
         """Send one request and read its answer.
 
         Raises:
-            NoAnswer: and it is not known whether the request was heard.
+            NoAnswer: and it is not known whether the request was heard, unless it is `NotSent`.
         """
         try:
             with trio.fail_after(patience_s):
@@ -174,7 +179,10 @@ class Connection:
 
     async def _connected(self) -> trio.SocketStream:
         if self._stream is None:
-            self._stream = await trio.open_tcp_stream("127.0.0.1", self.port)
+            try:
+                self._stream = await trio.open_tcp_stream("127.0.0.1", self.port)
+            except OSError as fault:
+                raise NotSent(repr(fault)) from fault
             self._http = h11.Connection(h11.CLIENT)
         return self._stream
 
@@ -268,12 +276,11 @@ class User:
 
     async def settled(self, exchange: Exchange, *, at_most_s: float = 20.0) -> Exchange:
         """Ask again and again until the server decides."""
-        with trio.fail_after(at_most_s):
-            while True:
-                found = await self.again(exchange)
-                if not found.is_unknown and not found.is_fault:
-                    return found
-                await trio.sleep(0.02)
+
+        def is_decided(found: Exchange) -> bool:
+            return not found.is_unknown and not found.is_fault
+
+        return await answered(lambda: self.again(exchange), is_decided, at_most_s=at_most_s)
 
     async def get(self, path: str) -> Answer:
         return await self.send("GET", path)
@@ -291,20 +298,30 @@ class User:
         return await self._connection.ask(method, f"/api/v1{path}", headers, body)
 
     async def _record(self, operation: str, drop_id: str, key: str | None) -> Exchange:
-        began_at, answer, lost_because = time.time(), None, ""
+        began_at, answer, was_sent, lost_because = time.time(), None, True, ""
         try:
             answer = await self.send("POST", f"/drops/{drop_id}/{operation}", key=key)
         except NoAnswer as fault:
-            lost_because = str(fault)
+            was_sent, lost_because = not isinstance(fault, NotSent), str(fault)
         except trio.Cancelled:
             lost_because = "we hung up"
             raise
         finally:
-            exchange = Exchange(
-                self.id, operation, drop_id, key, began_at, time.time(), answer, lost_because
-            )
+            exchange = Exchange(self.id, operation, drop_id, key, began_at, time.time(), answer, was_sent, lost_because)
             self._shop.history.exchanges.append(exchange)
         return exchange
+
+
+async def answered(
+    ask: Callable[[], Awaitable[Exchange]], is_wanted: Callable[[Exchange], bool], *, at_most_s: float = 20.0
+) -> Exchange:
+    """Ask again and again until the wanted answer comes."""
+    with trio.fail_after(at_most_s):
+        while True:
+            exchange = await ask()
+            if is_wanted(exchange):
+                return exchange
+            await trio.sleep(0.02)
 
 
 def new_key() -> str:

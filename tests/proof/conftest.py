@@ -15,6 +15,7 @@ from typing import Final
 
 import psycopg
 import pytest
+import trio
 from psycopg import sql
 
 from persistence.embedded import EmbeddedPostgres, EmbeddedServer, forget_pg_variables
@@ -97,6 +98,15 @@ def wait_for(claim: Callable[[], bool], timeout_s: float = 20.0, poll_s: float =
     return time.monotonic() - began
 
 
+async def until(claim: Callable[[], bool], timeout_s: float = 20.0) -> float:
+    """`wait_for`, while the test's other tasks go on."""
+    began = trio.current_time()
+    with trio.fail_after(timeout_s):
+        while not await trio.to_thread.run_sync(claim):
+            await trio.sleep(0.01)
+    return trio.current_time() - began
+
+
 @pytest.fixture(scope="package")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     forget_pg_variables()
@@ -132,7 +142,9 @@ def engine(tmp_path: Path) -> Iterator[StartEngine]:
     with ExitStack() as stack:
 
         def start(dsn: str, *, until: str = "/readyz", **settings: str) -> Server:
-            server = Server(dsn, tmp_path / f"engine_{next(numbers)}.log", **{"LOG_LEVEL": "WARNING", **settings})
+            settings.setdefault("LOG_LEVEL", "WARNING")
+            port = int(settings.get("PORT", "0"))
+            server = Server(dsn, tmp_path / f"engine_{next(numbers)}.log", port, **settings)
             stack.callback(_end, server)
             return server.start(until=until)
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from typing import Final, Self
 
+from psycopg.conninfo import conninfo_to_dict
+
 from tests.ports import free_port
 
 _STATEMENTS: Final = (b"commit", b"birth")
@@ -68,7 +70,9 @@ class Proxy:
         self._flows = threading.Event()
         self._flows.set()
 
-    def dsn(self, database: str) -> str:
+    def dsn(self, direct: str) -> str:
+        """The DSN of the same database through here."""
+        database = conninfo_to_dict(direct)["dbname"]
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}?sslmode=disable&gssencmode=disable"
 
     def __enter__(self) -> Self:
@@ -162,6 +166,7 @@ class _Link:
         self._engine = engine
         self._server = server
         self._strike: Strike | None = None  # one that acts on the server's answer
+        self._late: Strike | None = None  # one that is over when the server has answered
         self._swallows = False  # nothing reaches the engine any more
         self._stays_open = False  # the server's side outlives the engine's
         for side in (engine, server):
@@ -251,9 +256,11 @@ class _Link:
 
     def _later(self, strike: Strike, message: bytes) -> None:
         time.sleep(strike.delay_s)
-        with contextlib.suppress(OSError):
+        self._late = strike
+        try:
             self._server.sendall(message)
-        strike.over.set()
+        except OSError:  # the engine had the session ended meanwhile
+            strike.over.set()
 
     # From the server to the engine ---------------------------------------------------------------------
 
@@ -261,9 +268,13 @@ class _Link:
         try:
             for kind, message in _messages(self._server):
                 self._pass_answer(kind, message)
+                if kind == b"Z" and self._late is not None:
+                    self._late.over.set()
         except OSError:
             pass
         finally:
+            if self._late is not None:
+                self._late.over.set()
             self.end()
 
     def _pass_answer(self, kind: bytes, message: bytes) -> None:

@@ -8,10 +8,10 @@ import trio
 
 from tests.proof import checks
 from tests.proof.clients import Exchange, Shop, User, new_key
-from tests.proof.conftest import StartEngine, bugs_in
+from tests.proof.conftest import StartEngine, bugs_in, until
 
 KILLS = 10
-USERS = 40
+USERS = 30
 UNITS = 30
 READY_S = 2.0  # what is promised, and printed
 READY_MAX_S = 10.0  # what fails: imports alone take seconds on a busy machine
@@ -25,16 +25,21 @@ async def test_ten_kills_in_a_storm_lose_nothing_that_was_acknowledged(
     drop_ids = [await shop.new_drop(UNITS) for _ in range(3)]
     users = await shop.users(USERS)
     by_id = {user.id: user for user in users}
-    ready_s: list[float] = []
+    up_s: list[float] = []  # until the new process answers at all: Python and its imports
+    recovered_s: list[float] = []  # from then on until it is ready: ours
     replays = 0
 
-    for _ in range(KILLS):
+    for kill in range(1, KILLS + 1):
         before = len(shop.history.exchanges)
         await _storm_until_killed(server.kill, users, drop_ids, rng)
         began = time.monotonic()
-        server.start()
-        ready_s.append(time.monotonic() - began)
+        server.start(until="/healthz")
+        up_s.append(time.monotonic() - began)
+        recovered_s.append(server.wait_for("/readyz"))
         assert checks.violations(database) == []
+        if kill == KILLS:  # nobody asks for anything: what has become due expires by itself
+            expired_s = await until(lambda: checks.number(database, "SELECT sum(held_count) FROM drops") == 0)
+            print(f"overdue holds gone {expired_s:.2f} s after ready")
         told = shop.history.exchanges[before:]
         assert checks.lost_or_made_up(database, shop.history) == []
         seen = [exchange for exchange in told if not exchange.is_unknown and not exchange.is_fault]
@@ -44,19 +49,18 @@ async def test_ten_kills_in_a_storm_lose_nothing_that_was_acknowledged(
         assert shop.history.unresolved() == []
         assert checks.lost_or_made_up(database, shop.history) == []
 
-    with trio.fail_after(10):
-        while checks.number(database, "SELECT sum(held_count) FROM drops"):
-            await trio.sleep(0.05)
+    await until(lambda: checks.number(database, "SELECT sum(held_count) FROM drops") == 0)
     assert checks.violations(database) == []
     assert checks.dishonest(database, shop.history) == []
     assert bugs_in(server) == []
     keys = [exchange.key for exchange in shop.history.exchanges]
     kept = checks.number(database, "SELECT count(*) FROM idempotency_keys")
     assert kept == len(set(keys))
-    slowest = max(ready_s)
+    slowest = max(map(sum, zip(up_s, recovered_s, strict=True)))
     print(shop.history.codes(), f"{replays} replays to the byte")
-    print("ready after a kill:", ", ".join(f"{one:.2f}" for one in ready_s), "s, from the start of the process")
-    print(f"ready again within {READY_S:.0f} s:", "holds" if slowest <= READY_S else "MISSED")
+    both = ", ".join(f"{up:.2f}+{recovered:.2f}" for up, recovered in zip(up_s, recovered_s, strict=True))
+    print(f"after a kill, process up + state recovered: {both} s")
+    print(f"ready again within {READY_S:.0f} s:", "holds" if slowest <= READY_S else "MISSED", f"({slowest:.2f} s)")
     record_property("ready_max_s", round(slowest, 3))
     assert slowest < READY_MAX_S
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import trio
 
 from tests.proof import checks
-from tests.proof.clients import Exchange, Shop, User, new_key
-from tests.proof.conftest import Postgres, StartEngine, bugs_in
+from tests.proof.clients import Exchange, Shop, User, answered, new_key
+from tests.proof.conftest import Postgres, StartEngine, bugs_in, wait_for
 from tests.proof.proxy import Fault, Proxy
 
 CUTS = {
@@ -31,7 +31,8 @@ CUTS = {
     Fault.DELAYED: 5,
     Fault.SLICED: 2,
 }
-SHORT = {"COMMIT_STALL_MS": "150", "COMMIT_TIMEOUT_MS": "400", "ANSWER_TIMEOUT_MS": "450"}
+SHORT = {"COMMIT_STALL_MS": "150", "COMMIT_TIMEOUT_MS": "400", "ANSWER_TIMEOUT_MS": "300"}
+SETTLED_S = 0.4 + 1.5  # a silent connection is given up after the commit's time limit, and then it is looked up
 UNITS = 500
 
 
@@ -79,10 +80,10 @@ async def test_a_hundred_cuts_at_the_commit_leave_nobody_with_a_guess(
     rng: random.Random,
     record_property: Callable[[str, object], None],
 ) -> None:
-    server = engine(proxy.dsn(database.split("/")[-1].split("?")[0]), **SHORT)
+    server = engine(proxy.dsn(database), **SHORT)
     shop = Shop(server.port)
     drop_ids = [await shop.new_drop(UNITS) for _ in range(2)]
-    buyers = [Buyer(user, drop_ids[number % 2]) for number, user in enumerate(await shop.users(6))]
+    buyers = [Buyer(user, drop_ids[number % 2]) for number, user in enumerate(await shop.users(4))]
     faults = [fault for fault, times in CUTS.items() for _ in range(times)]
     rng.shuffle(faults)
     heard: Counter[str] = Counter()
@@ -98,10 +99,12 @@ async def test_a_hundred_cuts_at_the_commit_leave_nobody_with_a_guess(
         assert strike.struck.is_set(), fault
         assert all(is_truthful(exchange) for exchange in first), (fault, first)
         heard.update(f"{fault.name} {exchange.code or 201}" for exchange in first)
-        for exchange in first:
-            if exchange.is_fault:
-                kept = "SELECT count(*) FROM idempotency_keys WHERE key = %s"
-                assert checks.number(database, kept, exchange.key) == 0, f"{fault}: {exchange} did happen"
+        if fault in (Fault.LATE, Fault.LATE_END) and rng.random() < 0.7:
+            # What comes late comes before the retry, and finds the drop as the batch had left it.
+            assert await trio.to_thread.run_sync(strike.over.wait, 5), fault
+        nothing_happened = [exchange.key for exchange in first if exchange.is_fault]
+        kept = "SELECT count(*) FROM idempotency_keys WHERE key = ANY(%s)"
+        assert checks.number(database, kept, nothing_happened) == 0, (fault, first)
         by_id = {exchange.user_id: exchange for exchange in first}
         async with trio.open_nursery() as nursery:
             for buyer in buyers:
@@ -118,13 +121,16 @@ async def test_a_hundred_cuts_at_the_commit_leave_nobody_with_a_guess(
     for fault, times in took_s.items():
         codes = {name.split()[1]: count for name, count in sorted(heard.items()) if name.split()[0] == fault.name}
         print(f"{fault.name:14} {codes}; settled after {max(times):.2f} s at most")
-    record_property("settled_max_s", round(max(map(max, took_s.values())), 3))
+    slowest = max(map(max, took_s.values()))
+    record_property("settled_max_s", round(slowest, 3))
+    assert slowest < SETTLED_S
+    assert any("OUTCOME_UNKNOWN" in name for name in heard), "nobody was told that it is not known"
 
 
 async def test_cuts_at_the_birth_of_a_drop_make_it_once_or_not_at_all(
     database: str, proxy: Proxy, engine: StartEngine
 ) -> None:
-    server = engine(proxy.dsn(database.split("/")[-1].split("?")[0]), **SHORT)
+    server = engine(proxy.dsn(database), **SHORT)
     shop = Shop(server.port)
     (user,) = await shop.users(1)
     made: set[str] = set()
@@ -157,8 +163,11 @@ async def test_ended_killed_and_frozen_backends_and_a_stopped_server_lose_nothin
     drop_id = await shop.new_drop(1_000_000)
     users = await shop.users(20)
 
-    def terminate() -> None:
-        postgres.terminate(database, postgres.writer(database))
+    def terminate() -> None:  # several times, since most hit between two commits
+        for _ in range(8):
+            postgres.terminate(database, postgres.writer(database))
+            wait_for(lambda: len(postgres.backends(database)) == 1)
+            time.sleep(rng.uniform(0, 0.02))
 
     def kill() -> None:  # the postmaster then restarts all of its processes
         os.kill(postgres.writer(database), signal.SIGKILL)
@@ -182,7 +191,7 @@ async def test_ended_killed_and_frozen_backends_and_a_stopped_server_lose_nothin
             bought = await user.settled(await user.purchase(drop_id, new_key()))
             assert bought.status == 201, bought
 
-    for trouble in (terminate, freeze, kill, terminate, freeze, stop_immediately, terminate):
+    for trouble in (terminate, freeze, kill, freeze, stop_immediately, kill, terminate):
         is_over = trio.Event()
         asked_before = len(shop.history.exchanges)
         async with trio.open_nursery() as nursery:
@@ -205,6 +214,4 @@ async def test_ended_killed_and_frozen_backends_and_a_stopped_server_lose_nothin
 
 async def _works(shop: Shop, drop_id: str) -> None:
     user = shop.user()
-    with trio.fail_after(20):
-        while (await user.reserve(drop_id, "works")).status != 201:
-            await trio.sleep(0.02)
+    await answered(lambda: user.reserve(drop_id, "works"), lambda exchange: exchange.status == 201)

@@ -1,14 +1,19 @@
 """Three hundred people want fifty units: each unit goes to one of them, and nobody is told anything untrue."""
 
 import random
+import time
 from collections import Counter
+from collections.abc import Iterator
 from datetime import datetime
 
+import psycopg
+import pytest
 import trio
 
 from tests.proof import checks
-from tests.proof.clients import Shop, User
-from tests.proof.conftest import StartEngine
+from tests.proof.clients import Answer, Exchange, History, Shop, User
+from tests.proof.conftest import Postgres, StartEngine, until
+from tests.server import Server, serving
 
 TTL_S = 1
 UNITS = 50
@@ -34,9 +39,7 @@ async def test_storm_of_300_users_on_50_units_sells_each_unit_once_and_refuses_h
     async with trio.open_nursery() as nursery:
         for plan in plans:
             nursery.start_soon(want, *plan)
-    with trio.fail_after(TTL_S + 5):
-        while checks.number(database, "SELECT sum(held_count) FROM drops"):
-            await trio.sleep(0.05)
+    await until(lambda: checks.number(database, "SELECT sum(held_count) FROM drops") == 0)
 
     history = shop.history
     print(history.codes())
@@ -61,8 +64,19 @@ async def test_storm_of_300_users_on_50_units_sells_each_unit_once_and_refuses_h
         assert lasted.total_seconds() == TTL_S
 
 
-async def test_same_user_twenty_times_at_once_gets_one_reservation(database: str, engine: StartEngine) -> None:
-    shop = Shop(engine(database).port)
+@pytest.fixture(scope="module")
+def patient(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose holds last longer than any test."""
+    log_path = tmp_path_factory.mktemp("patient") / "engine.log"
+    with (
+        postgres.new_database() as name,
+        serving(postgres.server.dsn_of(name), log_path, LOG_LEVEL="WARNING") as server,
+    ):
+        yield server
+
+
+async def test_same_user_twenty_times_at_once_gets_one_reservation(patient: Server) -> None:
+    shop = Shop(patient.port)
     drop_id = await shop.new_drop(UNITS)
     (user,) = await shop.users(1)
     twins = [user.twin() for _ in range(20)]
@@ -75,12 +89,12 @@ async def test_same_user_twenty_times_at_once_gets_one_reservation(database: str
     answers = Counter((exchange.status, exchange.code) for exchange in shop.history.exchanges)
     assert answers == {(201, ""): 1, (409, "ALREADY_RESERVED"): 19}
     assert await shop.available(drop_id) == UNITS - 1
-    assert checks.violations(database) == []
-    assert checks.lost_or_made_up(database, shop.history) == []
+    assert checks.violations(patient.dsn) == []
+    assert checks.lost_or_made_up(patient.dsn, shop.history, drop_ids=[drop_id]) == []
 
 
-async def test_last_unit_wanted_by_a_hundred_at_once_goes_to_one(database: str, engine: StartEngine) -> None:
-    shop = Shop(engine(database).port)
+async def test_last_unit_wanted_by_a_hundred_at_once_goes_to_one(patient: Server) -> None:
+    shop = Shop(patient.port)
     drop_id = await shop.new_drop(1)
     users = await shop.users(100)
     async with trio.open_nursery() as nursery:
@@ -89,5 +103,31 @@ async def test_last_unit_wanted_by_a_hundred_at_once_goes_to_one(database: str, 
     answers = Counter((exchange.status, exchange.code) for exchange in shop.history.exchanges)
     assert answers == {(201, ""): 1, (409, "OUT_OF_STOCK"): 99}
     assert await shop.available(drop_id) == 0
-    assert checks.violations(database) == []
-    assert checks.dishonest(database, shop.history) == []
+    assert checks.violations(patient.dsn) == []
+    assert checks.dishonest(patient.dsn, shop.history) == []
+
+
+async def test_checks_of_this_package_see_what_is_planted(patient: Server) -> None:
+    shop = Shop(patient.port)
+    drop_id = await shop.new_drop(2)
+    (holder,) = await shop.users(1)
+    held = await holder.reserve(drop_id)
+    dsn, now = patient.dsn, time.time()
+    lie = Answer(409, {}, b'{"error": {"code": "OUT_OF_STOCK"}}')
+    refused = Exchange("nobody", "reserve", drop_id, None, now + 1, now + 2, lie)
+
+    assert len(checks.dishonest(dsn, History([held, refused]))) == 1, "a unit is free"
+    assert checks.lost_or_made_up(dsn, History([held]), drop_ids=[drop_id]) == []
+    (made_up,) = checks.lost_or_made_up(dsn, History([]), drop_ids=[drop_id])
+    assert made_up.startswith("made up")
+    move = "UPDATE reservations SET id = %s WHERE id = %s"
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(move, (drop_id, held.made))
+        try:
+            lost, made_up = checks.lost_or_made_up(dsn, History([held]), drop_ids=[drop_id])
+            assert lost.startswith("lost")
+            assert made_up.startswith("made up")
+            assert checks.violations(dsn) != [], "the log tells of another reservation"
+        finally:
+            connection.execute(move, (held.made, drop_id))
+    assert checks.violations(dsn) == []
