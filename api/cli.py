@@ -135,15 +135,15 @@ def _serve(asked: argparse.Namespace) -> int:
 
 
 def _migrate(asked: argparse.Namespace) -> int:
-    from persistence import migrate
+    from persistence import migrate, schema
 
     with _database(load()) as dsn:
-        before = migrate.current(dsn)
+        before = schema.current(dsn)
         if asked.down is None:
             migrate.upgrade(dsn)
         else:
             trio.run(_downgrade, dsn, asked.down)
-        after = migrate.current(dsn)
+        after = schema.current(dsn)
     if before == after:
         print(f"schema {after or '(none)'}: nothing to do")
     else:
@@ -184,10 +184,10 @@ def _seed(asked: argparse.Namespace) -> int:
 
 
 def _audit(asked: argparse.Namespace) -> int:
-    from persistence import audit, migrate
+    from persistence import audit, schema
 
     with _database(load()) as dsn:
-        migrate.require(migrate.current(dsn))
+        schema.require(schema.current(dsn))
         results = audit.run(dsn)
     if asked.json:
         print(json.dumps([_finding(result) for result in results], indent=2))
@@ -280,7 +280,7 @@ def _sentence_for(error: BaseException) -> str | None:
     from alembic.util import CommandError
     from sqlalchemy.exc import DBAPIError
 
-    from persistence.migrate import SchemaOutdated
+    from persistence.schema import SchemaOutdated
     from persistence.startup import StartRefused
 
     match error:

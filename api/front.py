@@ -84,9 +84,13 @@ class Front:
             await lifespan.wait_for_shutdown()
             outer.cancel_scope.cancel()
 
-    async def drain(self, at_most_s: float) -> None:
-        """Accept nobody any more, let what was asked be answered, then close; after `at_most_s` cut what is left."""
+    def close_door(self) -> None:
+        """Accept no more connections."""
         self._accepting.cancel()
+
+    async def drain(self, at_most_s: float) -> None:
+        """Let what was asked be answered, and close; after `at_most_s` cut what is left."""
+        self.close_door()
         await self._context.terminated.set()  # connections close after their answer
         with trio.move_on_after(at_most_s):
             while self._answering:

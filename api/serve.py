@@ -31,7 +31,7 @@ from engine.ledger import Unavailable
 from engine.model import Instant
 from engine.publisher import Publisher
 from engine.registry import running
-from persistence import migrate
+from persistence import schema
 from persistence.embedded import EmbeddedPostgres, forget_pg_variables
 from persistence.installation import EmbeddedServerError
 from persistence.ledger import LedgerOptions, PostgresLedger, open_ledger
@@ -43,11 +43,14 @@ log = structlog.get_logger()
 
 RETRY_S = 0.2  # between two looks at a database that is not there yet
 PATIENCE_S = 0.9  # that a read waits for a connection: then it is 503, within a second
+# At the end, for answers to leave and for requests whose body is still on its way; a peer that does not read, or does
+# not send, is not waited for longer.
+LEAVE_S = 0.5
 PRUNE_S = 3600.0  # between two clean-outs of old idempotency keys
 WATCH_S = 0.2  # between two looks at the embedded server's process
 MS_PER_HOUR = 3_600_000
 
-OPERATOR_ERRORS = (PortTaken, StartRefused, EmbeddedServerError, migrate.SchemaOutdated)
+OPERATOR_ERRORS = (PortTaken, StartRefused, EmbeddedServerError, schema.SchemaOutdated)
 
 
 def main(settings: Settings) -> int:
@@ -117,8 +120,11 @@ async def _stop_on_signal(
 async def _drain(settings: Settings, gate: Gate, front: Front, service: Service) -> None:
     """No new requests; those that were taken are answered; the last batch is committed."""
     gate.is_stopping = True
-    with trio.move_on_after(settings.shutdown_timeout_ms / 1000):
-        await front.drain(settings.shutdown_timeout_ms / 1000)
+    front.close_door()
+    with trio.move_on_after(max(0.0, settings.shutdown_timeout_ms / 1000 - LEAVE_S)):
+        await service.registry.quiet()
+    await front.drain(LEAVE_S)
+    with trio.move_on_after(LEAVE_S):
         await service.registry.drain()
 
 
@@ -203,7 +209,7 @@ async def _database(settings: Settings) -> AsyncIterator[str]:
     try:
         server = await trio.to_thread.run_sync(postgres.start)
         forget_pg_variables()
-        await trio.to_thread.run_sync(migrate.upgrade, server.dsn)
+        await trio.to_thread.run_sync(_upgrade, server.dsn)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_keep_running, postgres)
             yield server.dsn
@@ -211,6 +217,14 @@ async def _database(settings: Settings) -> AsyncIterator[str]:
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(postgres.stop)
+
+
+def _upgrade(dsn: str) -> None:
+    """Bring the schema of our own server up to date."""
+    if schema.current(dsn) != schema.REVISION:
+        from persistence import migrate  # only here: Alembic takes long to import
+
+        migrate.upgrade(dsn)
 
 
 async def _keep_running(postgres: EmbeddedPostgres) -> None:

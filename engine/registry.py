@@ -218,6 +218,10 @@ class Registry:
     async def drain(self) -> None:
         """Take no more commands, and wait until all that were taken are answered."""
         self.fault = FaultCode.STOPPING
+        await self.quiet()
+
+    async def quiet(self) -> None:
+        """Wait until all commands that were taken are answered, and the last batch is committed."""
         while self._load.in_flight:
             await self._committer.idle()
             await trio.sleep(0.001)

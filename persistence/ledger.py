@@ -98,7 +98,7 @@ async def open_ledger(
     `wall` is our clock, in seconds since the epoch, compared with the server's.
 
     Raises:
-        StartRefused, migrate.SchemaOutdated: the database must not be served from.
+        StartRefused, SchemaOutdated: the database must not be served from.
         Unavailable: it is out of reach.
     """
     options = options or LedgerOptions()

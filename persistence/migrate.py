@@ -1,4 +1,4 @@
-"""Runs the migrations, and says which revision a database has. Synchronous: it runs before the engine starts.
+"""Runs the migrations, up and down. Synchronous: it runs before the engine starts.
 
 Any number of processes may upgrade one database at once: an advisory lock lets them in one after the other,
 and whoever comes second finds nothing left to do. A run is one transaction: it happens as a whole or not at
@@ -13,17 +13,11 @@ import psycopg
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 
 import migrations
 
 # "holdmigr" in ASCII; any number does that nobody else in the database uses.
 _LOCK = int.from_bytes(b"holdmigr")
-
-
-class SchemaOutdated(Exception):
-    """The database's schema is not the one that this code was written for. The message says what to do."""
 
 
 def upgrade(dsn: str, revision: str = "head") -> None:
@@ -40,38 +34,6 @@ def downgrade(dsn: str, revision: str) -> None:
             config.attributes["connection"].execute(sa.text("DROP TABLE IF EXISTS alembic_version"))
 
     _run(dsn, down)
-
-
-def current(dsn: str) -> str | None:
-    """The revision that the database has; None where it has no schema yet."""
-    with _connection(dsn) as connection:
-        return MigrationContext.configure(connection).get_current_revision()
-
-
-def head() -> str:
-    """The revision that this code was written for."""
-    revision = ScriptDirectory.from_config(_config()).get_current_head()
-    assert revision is not None
-    return revision
-
-
-def require(found: str | None) -> None:
-    """Check the revision that a database has against the one this code needs.
-
-    Raises:
-        SchemaOutdated: they differ.
-    """
-    needed = head()
-    if found == needed:
-        return
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
-    if found is None or found in known:
-        raise SchemaOutdated(
-            f"the database has schema {found or '(none)'}, this version needs {needed}: run `holdfast migrate`"
-        )
-    raise SchemaOutdated(
-        f"the database has schema {found}, which is newer than this version's {needed}: run a newer holdfast"
-    )
 
 
 def _run(dsn: str, work: Callable[[Config], None]) -> None:

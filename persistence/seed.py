@@ -114,7 +114,7 @@ async def seed(dsn: str, *, reset: bool, now: datetime) -> dict[str, int]:
 
     Raises:
         StartRefused: an engine serves from this database, or it is not fit for one.
-        migrate.SchemaOutdated: its schema is not this version's.
+        SchemaOutdated: its schema is not this version's.
         LedgerFault, psycopg.Error: the database failed.
     """
     now_ms = Instant(int(now.timestamp() * 1000))

@@ -12,7 +12,7 @@ import psycopg
 import structlog
 import trio
 
-from persistence import migrate
+from persistence import schema
 from persistence.trio_pg import TrioConnection
 
 log = structlog.get_logger(__name__)
@@ -53,11 +53,11 @@ async def check_server(
     """All checks of the server itself; `wall` is our clock, in seconds since the epoch.
 
     Raises:
-        StartRefused, migrate.SchemaOutdated: it must not be served from.
+        StartRefused, SchemaOutdated: it must not be served from.
         psycopg.Error: it could not be asked.
     """
     await check_settings(conn, allow_unsafe_durability=allow_unsafe_durability)
-    migrate.require(await _schema(conn))
+    schema.require(await _revision(conn))
     await _check_clock(conn, clock_skew_max_s, wall)
 
 
@@ -83,7 +83,7 @@ async def check_settings(conn: TrioConnection, *, allow_unsafe_durability: bool)
         )
 
 
-async def _schema(conn: TrioConnection) -> str | None:
+async def _revision(conn: TrioConnection) -> str | None:
     if (await _row(conn, "SELECT to_regclass('alembic_version')"))[0] is None:
         return None
     cursor = await conn.execute("SELECT version_num FROM alembic_version")

@@ -18,7 +18,8 @@ from engine.model import DropRecord, Instant
 from persistence import resolution, startup
 from persistence.embedded import EmbeddedServer
 from persistence.ledger import PostgresLedger, open_ledger
-from persistence.migrate import SchemaOutdated, downgrade
+from persistence.migrate import downgrade
+from persistence.schema import SchemaOutdated
 from persistence.startup import AnotherEngine, ClockSkew, UnsafeDurability
 from persistence.trio_pg import ConnectionLost, TrioConnection
 from tests.persistence.scribe import Scribe, at, user

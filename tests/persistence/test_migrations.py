@@ -12,8 +12,8 @@ from alembic.script import ScriptDirectory
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import migrations
-from persistence import migrate, tables
-from persistence.migrate import SchemaOutdated
+from persistence import migrate, schema, tables
+from persistence.schema import SchemaOutdated
 
 # What compare_metadata does not look at: checks, conditions of indexes, storage parameters. As text, from the server.
 CATALOG = """
@@ -68,7 +68,7 @@ def test_down_leaves_nothing_and_up_again_makes_the_same(empty_database: str) ->
     with psycopg.connect(empty_database) as connection:
         left = connection.execute("SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace").fetchall()
     assert left == []
-    assert migrate.current(empty_database) is None
+    assert schema.current(empty_database) is None
     migrate.upgrade(empty_database)
     assert catalog(empty_database) == first
 
@@ -76,27 +76,28 @@ def test_down_leaves_nothing_and_up_again_makes_the_same(empty_database: str) ->
 def test_each_revision_goes_down_and_up_by_itself(empty_database: str) -> None:
     scripts = ScriptDirectory.from_config(migrate._config())
     revisions = [script.revision for script in scripts.walk_revisions()][::-1]
-    assert revisions[-1] == migrate.head()
+    assert revisions[-1] == schema.REVISION
+    assert revisions == sorted(revisions), "schema.require tells older from newer by their order"
     for before, revision in zip(["base", *revisions], revisions, strict=False):
         migrate.upgrade(empty_database, revision)
         there = catalog(empty_database)
         migrate.downgrade(empty_database, before)
         migrate.upgrade(empty_database, revision)
-        assert migrate.current(empty_database) == revision
+        assert schema.current(empty_database) == revision
         assert catalog(empty_database) == there
 
 
 def test_an_upgrade_of_what_is_up_to_date_changes_nothing(database: str) -> None:
     before = catalog(database)
     migrate.upgrade(database)
-    assert migrate.current(database) == migrate.head()
+    assert schema.current(database) == schema.REVISION
     assert catalog(database) == before
 
 
 def test_upgrades_at_the_same_time_come_one_after_the_other(empty_database: str) -> None:
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(migrate.upgrade, [empty_database] * 4))
-    assert migrate.current(empty_database) == migrate.head()
+    assert schema.current(empty_database) == schema.REVISION
 
 
 def test_a_failed_upgrade_leaves_nothing_behind(empty_database: str) -> None:
@@ -106,22 +107,22 @@ def test_a_failed_upgrade_leaves_nothing_behind(empty_database: str) -> None:
     with pytest.raises(sa.exc.ProgrammingError, match="already exists"):
         migrate.upgrade(empty_database)
     assert {table for _, table, *_ in catalog(empty_database)} == {"idempotency_keys"}
-    assert migrate.current(empty_database) is None
+    assert schema.current(empty_database) is None
 
 
 def test_conninfo_in_words_works_as_well_as_a_uri(empty_database: str) -> None:
     words = make_conninfo("", **conninfo_to_dict(empty_database))
     assert "://" not in words
     migrate.upgrade(words)
-    assert migrate.current(empty_database) == migrate.head()
+    assert schema.current(empty_database) == schema.REVISION
 
 
 def test_a_schema_that_is_not_ours_is_named_with_what_to_do() -> None:
-    migrate.require(migrate.head())
+    schema.require(schema.REVISION)
     with pytest.raises(SchemaOutdated, match=r"has schema \(none\), this version needs .*: run `holdfast migrate`"):
-        migrate.require(None)
+        schema.require(None)
     with pytest.raises(SchemaOutdated, match="newer than this version"):
-        migrate.require("9999")
+        schema.require("9999")
 
 
 def test_a_path_with_a_percent_sign_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
