@@ -6,6 +6,7 @@ VENV ?= .venv
 PYTHON ?=
 PYTHONS := python3 python3.13 python3.12 python3.11 python
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed-$(shell { cat requirements.txt pyproject.toml; pwd; 
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help serve test check lint format seed migrate audit lock clean clean-data FORCE
+.PHONY: help serve test check lint format bench seed migrate audit lock clean clean-data FORCE
 
 help: ## this list
 	@echo "make <target>   [PYTHON=<interpreter for a new $(VENV)>] [VENV=<directory>]"
@@ -39,6 +40,9 @@ lint: $(STAMP) ## all of check but the tests
 format: $(STAMP) ## let ruff sort imports and format
 	$(BIN)/python -m ruff check --select I --fix .
 	$(BIN)/python -m ruff format .
+
+bench: $(STAMP) ## durable reserves a second on one hot drop, beside a route that does nothing
+	@exec $(BIN)/python -m tests.bench.front $(BENCH_ARGS)
 
 seed: $(STAMP) ## empty the development database and fill it with sample data
 	@exec $(BIN)/holdfast seed
