@@ -6,7 +6,8 @@ hanging.
 """
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any
 
 import structlog
 import trio
@@ -15,7 +16,7 @@ from quart import Response, g, request, websocket
 from quart.typing import ResponseTypes
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
-from quart_trio.wrappers.request import TrioBody, TrioRequest
+from quart_trio.wrappers.request import TrioRequest
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, RequestTimeout
 
 from api import answers, errors, schemas
@@ -60,33 +61,58 @@ class Gate:
         return self.service
 
 
-class DrainedBody(TrioBody):
-    """A body of which at most the limit is kept, and of which the rest is read and forgotten, up to `DRAIN_MAX`."""
+class DrainedBody:
+    """A body of which at most the limit is kept, and of which the rest is read and forgotten, up to `DRAIN_MAX`.
+
+    A class of its own, and not one made from Quart's: that one refuses a large body at once and leaves the rest
+    unread, and its insides differ between the versions for Python 3.12 and 3.13. Quart calls all of its methods.
+    """
 
     def __init__(self, expected_content_length: int | None, max_content_length: int | None) -> None:
-        super().__init__(None, None)  # the base class would refuse at once, and leave the rest unread
         self._limit = max_content_length or 0
+        self._data = bytearray()
         self._received = 0
+        self._complete = trio.Event()
         self.is_cut = False
 
     def append(self, data: bytes) -> None:
+        """More of it has come (Quart before 0.23)."""
         self._received += len(data)
         if self._received <= self._limit:
-            super().append(data)
+            self._data.extend(data)
             return
         self._data.clear()
         if self._received > self._limit + DRAIN_MAX:
             self.is_cut = True
             self.set_complete()
 
+    async def put(self, data: bytes) -> None:
+        """More of it has come (Quart from 0.23 on)."""
+        self.append(data)
+
     def set_complete(self) -> None:
+        self._complete.set()
+
+    def disconnect(self) -> None:
+        """Its sender is gone, and with it this request's task: nobody will ask for the rest."""
+
+    def clear(self) -> None:
+        self._data.clear()
+
+    def __await__(self) -> Generator[Any, None, bytes]:
+        """The whole body.
+
+        Raises:
+            RequestEntityTooLarge: it was larger than allowed; it was read all the same.
+        """
+        yield from self._complete.wait().__await__()
         if self._received > self._limit:
-            self._must_raise = RequestEntityTooLarge()
-        super().set_complete()
+            raise RequestEntityTooLarge
+        return bytes(self._data)
 
 
 class DrainedRequest(TrioRequest):
-    body_class = DrainedBody
+    body_class = DrainedBody  # type: ignore[assignment]  # it stands in for Quart's, method by method
 
 
 class AnsweredConnection(TrioASGIHTTPConnection):
