@@ -26,6 +26,9 @@ STOCK_MAX = 1_000_000_000
 PRICE_MAX = 2**53 - 1  # the largest integer that every JSON client reads exactly
 PAGE_MAX = 100
 OFFSET_MAX = 1_000_000
+# Of a body; no request needs more than two. The parser's own limit is another one in each version of Python.
+NESTING_MAX = 32
+TOO_DEEP = "it is nested too deeply"
 KEY_MAX = 255
 REQUEST_ID_MAX = 128
 USERNAME_MIN, USERNAME_MAX = 3, 50
@@ -181,7 +184,24 @@ def _parsed(raw: bytes) -> dict[str, Any]:
         raise invalid_json(f"The body is not JSON: {_reason(fault)}.") from None
     if not isinstance(value, dict):
         raise invalid_json("The body must be a JSON object.")
+    if _is_deeper_than(NESTING_MAX, value):
+        raise invalid_json(f"The body is not JSON: {TOO_DEEP}.")
     return value
+
+
+def _is_deeper_than(levels: int, value: dict[str, Any]) -> bool:
+    """Whether arrays and objects stand in each other more than `levels` deep; level by level, not by recursion."""
+    containers: list[Any] = [value]
+    for _ in range(levels):
+        containers = [
+            child
+            for container in containers
+            for child in (container.values() if isinstance(container, dict) else container)
+            if isinstance(child, dict | list)
+        ]
+        if not containers:
+            return False
+    return True
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,7 +220,7 @@ def _reason(fault: Exception) -> str:
         return f"{fault.msg.lower()} at position {fault.pos}"
     if isinstance(fault, UnicodeDecodeError):
         return "it is not UTF-8"
-    return "it is nested too deeply" if isinstance(fault, RecursionError) else str(fault)
+    return TOO_DEEP if isinstance(fault, RecursionError) else str(fault)
 
 
 def _validated(kind: type[T], value: dict[str, Any]) -> T:

@@ -190,6 +190,15 @@ def test_nothing_is_nothing_else(raw: bytes) -> None:
     assert (caught.value.status_code, caught.value.code) == (400, "INVALID_JSON")
 
 
+@pytest.mark.parametrize(("levels", "code"), [(32, "VALIDATION_ERROR"), (33, "INVALID_JSON"), (8_000, "INVALID_JSON")])
+def test_nesting_has_a_bound_of_its_own_the_same_on_every_python(levels: int, code: str) -> None:
+    arrays = levels - 1  # within the object that the body is
+    raw = b'{"name": ' + b"[" * arrays + b"]" * arrays + b"}"
+    with pytest.raises(ApiError) as caught:
+        schemas.body(schemas.NewUser, JSON, raw)
+    assert caught.value.code == code
+
+
 @pytest.mark.parametrize(
     ("content_type", "is_json"),
     [
