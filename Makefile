@@ -41,8 +41,9 @@ format: $(STAMP) ## let ruff sort imports and format
 	$(BIN)/python -m ruff check --select I --fix .
 	$(BIN)/python -m ruff format .
 
-bench: $(STAMP) ## durable reserves a second on one hot drop, beside a route that does nothing
-	@exec $(BIN)/python -m tests.bench.front $(BENCH_ARGS)
+bench: $(STAMP) ## durable reserves a second on one hot drop: through the front end, and by the engine alone
+	@$(BIN)/python -m tests.bench.front $(BENCH_ARGS)
+	@$(BIN)/python -m tests.bench.engine $(BENCH_ARGS)
 
 seed: $(STAMP) ## empty the development database and fill it with sample data
 	@exec $(BIN)/holdfast seed

@@ -14,7 +14,7 @@ import trio
 from engine.actor import Ask, DropActor, Load
 from engine.board import Board
 from engine.clock import Clock
-from engine.committer import Committer
+from engine.committer import Committer, CommitterStatistics
 from engine.drop import Drop
 from engine.ledger import Ledger, Unavailable
 from engine.mailbox import MailboxFull
@@ -36,7 +36,7 @@ from engine.model import (
     Swept,
 )
 from engine.publisher import Publisher
-from engine.timer import Timer
+from engine.timer import Timer, TimerStatistics
 
 log = structlog.get_logger()
 
@@ -66,6 +66,8 @@ class RegistryStatistics(msgspec.Struct, frozen=True):
     in_flight_max: int
     in_flight_peak: int
     restarts: int
+    committer: CommitterStatistics
+    timer: TimerStatistics
 
 
 class Registry:
@@ -188,7 +190,13 @@ class Registry:
     def statistics(self) -> RegistryStatistics:
         load = self._load
         return RegistryStatistics(
-            len(self._actors), load.in_flight, load.in_flight_max, load.in_flight_peak, self._restarts
+            len(self._actors),
+            load.in_flight,
+            load.in_flight_max,
+            load.in_flight_peak,
+            self._restarts,
+            self._committer.statistics(),
+            self._timer.statistics(),
         )
 
     def _refusal(self, drop_id: DropId, actor: DropActor | None) -> Fault | Refused | None:
