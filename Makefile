@@ -43,7 +43,7 @@ format: $(STAMP) ## let ruff sort imports and format
 
 bench: $(STAMP) ## durable reserves a second on one hot drop: through the front end, and by the engine alone
 	@$(BIN)/python -m tests.bench.front $(BENCH_ARGS)
-	@$(BIN)/python -m tests.bench.engine $(BENCH_ARGS)
+	@$(BIN)/python -m tests.bench.engine
 
 seed: $(STAMP) ## empty the development database and fill it with sample data
 	@exec $(BIN)/holdfast seed
