@@ -30,6 +30,7 @@ from engine.model import (
     DropUpdated,
     Expired,
     Fault,
+    FaultCode,
     Hold,
     Outcome,
     Purchase,
@@ -154,8 +155,7 @@ async def cancel_reservation(service: Service, request: Request) -> Answer:
             outcome = await service.registry.call(hold.drop_id, Cancel(caller.user_id, reservation_id))
             if not (isinstance(outcome, Refused) and outcome.code is RefusalCode.RESERVATION_NOT_FOUND):
                 return _answer(outcome, request)
-    # It is not active, or not this caller's: how it ended stands in the tables, and ended reservations stay ended.
-    raise errors.refused(await _why_not_active(service, caller, reservation_id))
+    raise await _why_not_on_board(service, caller, reservation_id)
 
 
 async def my_reservations(service: Service, request: Request) -> Answer:
@@ -300,13 +300,17 @@ def _rendered(outcome: Outcome) -> tuple[int, Any] | ApiError:
     assert_never(outcome)
 
 
-async def _why_not_active(service: Service, caller: Caller, reservation_id: ReservationId) -> RefusalCode:
+async def _why_not_on_board(service: Service, caller: Caller, reservation_id: ReservationId) -> ApiError:
+    """Why a reservation is not among the caller's holds: the tables know, and an ended one stays ended."""
     row = await service.reads.reservation(reservation_id)
     if row is None or row.user_id != caller.user_id:
-        return RefusalCode.RESERVATION_NOT_FOUND
+        return errors.refused(RefusalCode.RESERVATION_NOT_FOUND)
     if row.status is ReservationStatus.EXPIRED:
-        return RefusalCode.RESERVATION_EXPIRED
-    return RefusalCode.RESERVATION_NOT_ACTIVE
+        return errors.refused(RefusalCode.RESERVATION_EXPIRED)
+    if row.status is not ReservationStatus.ACTIVE:
+        return errors.refused(RefusalCode.RESERVATION_NOT_ACTIVE)
+    await _drop(service, row.drop_id)  # it is held, but its drop is out of service here: this says how
+    return errors.fault(FaultCode.RESTARTING)
 
 
 async def _drop(service: Service, drop_id: DropId) -> Drop:

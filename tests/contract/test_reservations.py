@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psycopg
 import pytest
 
 from tests.contract.shop import Shop, ahead, new_id, seconds_of
@@ -167,6 +168,17 @@ def test_unknown_reservation_is_404(shop: Shop) -> None:
 @pytest.mark.parametrize("reservation_id", ["7", "me", "0190a3c4000070008000000000000001"])
 def test_reservation_id_that_is_no_uuid_is_422(shop: Shop, reservation_id: str) -> None:
     assert shop.visitor().cancel(reservation_id).wrong == ["id"]
+
+
+def test_hold_on_a_drop_that_another_engine_took_is_not_said_to_be_over(shop: Shop) -> None:
+    drop, holder, other = shop.drop(total_stock=2), shop.visitor(), shop.visitor()
+    held = holder.holds(drop)
+    with psycopg.connect(shop.server.dsn) as connection:
+        connection.execute("UPDATE drops SET epoch = epoch + 1 WHERE id = %s", [drop["id"]])
+    # The next write misses its guard, and the drop is let go.
+    wait_until(lambda: other.reserve(drop).error == (503, "DROP_OWNED_ELSEWHERE"))
+
+    assert holder.cancel(held).error == (503, "DROP_OWNED_ELSEWHERE")
 
 
 def test_reservation_that_is_over_cannot_be_cancelled(shop: Shop) -> None:
