@@ -35,9 +35,9 @@ from persistence import schema
 from persistence.embedded import EmbeddedPostgres, forget_pg_variables
 from persistence.installation import EmbeddedServerError
 from persistence.ledger import LedgerOptions, PostgresLedger, open_ledger
+from persistence.pool import Pool
 from persistence.reads import Reads
 from persistence.startup import CLOCK_SKEW_MAX_S, StartRefused
-from persistence.trio_pg import Pool
 
 log = structlog.get_logger()
 

@@ -34,7 +34,8 @@ from engine.model import (
     UserId,
 )
 from persistence import statements
-from persistence.trio_pg import Pool, TrioConnection
+from persistence.pool import Pool
+from persistence.trio_pg import TrioConnection
 from persistence.usernames import default_username, with_suffix
 
 # Each try adds 25 bits of randomness; a tenth one is needed only where something else is wrong.

@@ -11,8 +11,9 @@ from psycopg.pq.abc import PGresult
 from engine.ledger import Ledger
 from engine.model import DropId, Event, Hold, ReservationStatus, StoredReceipt, UserId
 from persistence.ledger import LedgerOptions, PostgresLedger, open_ledger
+from persistence.pool import Pool
 from persistence.reads import Reads
-from persistence.trio_pg import ConnectionLost, Pool, TrioConnection
+from persistence.trio_pg import ConnectionLost, TrioConnection
 from tests.fakes import MemoryLedger, Trouble
 from tests.persistence.scribe import at
 

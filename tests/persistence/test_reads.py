@@ -15,8 +15,8 @@ from persistence import statements
 from persistence.batch_sql import instant
 from persistence.embedded import EmbeddedServer
 from persistence.ledger import PostgresLedger, open_ledger
+from persistence.pool import Pool
 from persistence.reads import PurchasePage, Reads, ReservationLine, UsernameTaken
-from persistence.trio_pg import Pool
 from persistence.usernames import NAME_LENGTH_MAX, default_username, with_suffix
 from tests.persistence.scribe import HOLD_MS, Scribe, at, new_id, receipt, user
 from tests.persistence.subjects import TEST_OPTIONS

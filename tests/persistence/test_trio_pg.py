@@ -22,11 +22,10 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.waiting import Ready, Wait
 
 from persistence import trio_pg
+from persistence.pool import Pool, PoolTimeout
 from persistence.trio_pg import (
     Backend,
     ConnectionLost,
-    Pool,
-    PoolTimeout,
     TrioConnection,
     is_refusal,
     terminate_backend,
