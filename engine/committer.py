@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from engine.actor import GROWING, GuardMissed, Part
-from engine.ledger import InDoubt, Ledger, Rejected, StorageFull, Unavailable
+from engine.ledger import Batch, InDoubt, Ledger, Rejected, Resolution, StorageFull, Unavailable
 from engine.model import DropId, FaultCode
 
 log = structlog.get_logger()
@@ -200,12 +200,7 @@ class Committer:
         log.error("commit_in_doubt", drops=len(parts), reason=str(doubt))
         self._lose_ledger()
         batch = [part.change() for part in parts]
-        while True:
-            try:
-                resolutions = await self._ledger.resolve(batch)
-                break
-            except Unavailable:
-                await trio.sleep(RETRY_S)
+        resolutions = await self._truth_about(batch)
         for part in parts:
             resolution = resolutions[part.actor.drop_id]
             log.warning("doubt_resolved", drop_id=part.actor.drop_id, committed=resolution.committed)
@@ -221,13 +216,16 @@ class Committer:
         self._ledger_answered()
 
     async def _find_ledger(self) -> None:
+        await self._truth_about([])  # of nothing: this only shows that it is in reach
+        self._ledger_answered()
+
+    async def _truth_about(self, batch: Batch) -> dict[DropId, Resolution]:
+        """What became of the batch, however long the ledger takes to be in reach again."""
         while True:
             try:
-                await self._ledger.resolve([])
-                break
+                return await self._ledger.resolve(batch)
             except Unavailable:
                 await trio.sleep(RETRY_S)
-        self._ledger_answered()
 
     async def _watch_for_stalls(self) -> None:
         while True:
