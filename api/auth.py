@@ -17,6 +17,7 @@ from api.errors import ApiError, Detail, invalid
 from api.settings import Settings
 from engine.ledger import Unavailable
 from engine.model import UserId
+from persistence.usernames import NAME_LENGTH_MAX, NAME_LENGTH_MIN
 
 # Names kept in memory, oldest forgotten first: 200 bytes each, so at most 200 MB. Who is forgotten is looked up again.
 KNOWN_USERS_MAX = 1_000_000
@@ -169,8 +170,8 @@ def _name(text: str, where: str) -> str:
     name = text.strip()
     # Half a surrogate pair is text to JSON, and to nothing else.
     is_text = name.encode(errors="replace").decode() == name and not schemas.CONTROL.search(name)
-    if not schemas.USERNAME_MIN <= len(name) <= schemas.USERNAME_MAX or not is_text:
-        limits = f"{schemas.USERNAME_MIN} to {schemas.USERNAME_MAX}"
+    if not NAME_LENGTH_MIN <= len(name) <= NAME_LENGTH_MAX or not is_text:
+        limits = f"{NAME_LENGTH_MIN} to {NAME_LENGTH_MAX}"
         raise invalid([Detail(where, f"must be {limits} characters, without control characters")])
     return name
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 DONE: Final = 0
 FAILED: Final = 1
-USAGE: Final = 2
 AUDIT_FAILED: Final = 2
 INTERRUPTED: Final = 130  # what shells say of a program that Ctrl-C ended
 

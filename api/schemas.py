@@ -17,6 +17,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from api.errors import ApiError, Detail, invalid, invalid_json
 from engine.model import DropStatus, Instant
+from persistence.usernames import NAME_LENGTH_MAX, NAME_LENGTH_MIN
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -31,7 +32,6 @@ NESTING_MAX = 32
 TOO_DEEP = "it is nested too deeply"
 KEY_MAX = 255
 REQUEST_ID_MAX = 128
-USERNAME_MIN, USERNAME_MAX = 3, 50
 
 PRINTABLE_ASCII = re.compile(r"[\x20-\x7e]+")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -50,7 +50,7 @@ class NewDrop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NewUser(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    username: Annotated[str, Meta(min_length=USERNAME_MIN, max_length=USERNAME_MAX)]
+    username: Annotated[str, Meta(min_length=NAME_LENGTH_MIN, max_length=NAME_LENGTH_MAX)]
 
 
 class Echo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
