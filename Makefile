@@ -54,11 +54,12 @@ migrate: $(STAMP) ## bring the schema of the database up to date
 audit: $(STAMP) ## check every invariant on the database
 	@exec $(BIN)/holdfast audit
 
-lock: ## choose the newest dependencies that pyproject.toml allows, for requirements.txt (needs uv)
+lock: ## choose the newest dependencies that pyproject.toml allows, for the requirements files (needs uv)
 	@PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	command -v uv >/dev/null || { echo "make lock needs uv: see https://docs.astral.sh/uv" >&2; exit 1; }; \
-	uv lock --upgrade && uv export --frozen --quiet --all-groups --no-emit-project --no-annotate --no-header \
-	    --format requirements-txt --output-file requirements.txt >/dev/null
+	export="uv export --frozen --quiet --no-emit-project --no-annotate --no-header --format requirements-txt"; \
+	uv lock --upgrade && $$export --group dev --output-file requirements.txt >/dev/null && \
+	$$export --only-group baseline --output-file requirements-baseline.txt >/dev/null
 
 clean: ## remove the virtual environment and all caches, not the data
 	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
