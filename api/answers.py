@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from api.errors import ApiError, to_dict
+from api.settings import Settings
 from engine.drop import Drop
 from engine.model import DropCreated, Hold, Instant, LatestPurchase, Purchased, Terms
 
@@ -19,11 +20,15 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """A response, before any lane has written it: status, body, and headers beyond the ones that all have."""
+    """A response, before any lane has written it: status, body, and headers beyond the ones that all have.
+
+    `code` is the error's, for the log.
+    """
 
     status_code: int
     body: bytes
     headers: tuple[tuple[str, str], ...] = ()
+    code: str = ""
 
 
 def success(status_code: int, data: Any, request_id: str) -> Answer:
@@ -35,7 +40,21 @@ def error(failure: ApiError, request_id: str) -> Answer:
     if failure.retry_after_s is not None:
         headers = (*headers, ("Retry-After", str(failure.retry_after_s)))
     body = _encode({"success": False, "error": to_dict(failure), "meta": {"requestId": request_id}})
-    return Answer(failure.status_code, body, headers)
+    return Answer(failure.status_code, body, headers, failure.code)
+
+
+EXPOSED_HEADERS = "X-Request-Id, Idempotency-Replayed, Retry-After"
+
+
+def allowing(settings: Settings, origin: str | None) -> tuple[tuple[str, str], ...]:
+    """The headers that let a page of `origin` read an answer; none for a page that may not, or that is ours."""
+    if origin is None or not settings.allows_origin(origin):
+        return ()
+    return (
+        ("Access-Control-Allow-Origin", origin),
+        ("Access-Control-Allow-Credentials", "true"),
+        ("Access-Control-Expose-Headers", EXPOSED_HEADERS),
+    )
 
 
 def iso(instant: Instant) -> str:

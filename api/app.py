@@ -22,43 +22,18 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, RequestTim
 from api import answers, errors, schemas
 from api.answers import JSON, Answer
 from api.errors import ApiError
-from api.handlers import Handler, Request, Service
-from api.routes import BASE_PATHS, ROUTES
+from api.handlers import Gate, Request, patiently
+from api.http1 import BODY_S, DRAIN_MAX, body_timed_out, body_too_large, not_for_this_address
+from api.routes import BASE_PATHS, ROUTES, Route
 from api.settings import Settings
-from engine.ledger import Unavailable
 from engine.model import FaultCode
 
 log = structlog.get_logger()
 
-BODY_S = 10  # to send a body; the slowest phone sends 16 KiB in less
-# What a body may have beyond its limit and still be read to its end, so that the connection lives on; past it
-# the answer is the last one on that connection.
-DRAIN_MAX = 1_048_576
 PREFLIGHT_S = 600  # for which a browser may remember what it was allowed
 
 CORS_HEADERS = "Content-Type, Authorization, Idempotency-Key, X-Request-Id, X-User-Id, X-User-Name, Last-Event-ID"
 CORS_METHODS = "GET, POST, PATCH, DELETE"
-EXPOSED_HEADERS = "X-Request-Id, Idempotency-Replayed, Retry-After"
-
-
-class Gate:
-    """What stands between clients and the engine: open while there is a service behind it."""
-
-    def __init__(self) -> None:
-        self.service: Service | None = None
-        self.is_stopping = False
-
-    def enter(self) -> Service:
-        """The service.
-
-        Raises:
-            ApiError: 503, it is not up, or going down.
-        """
-        if self.is_stopping:
-            raise errors.fault(FaultCode.STOPPING)
-        if self.service is None:
-            raise errors.fault(FaultCode.UNAVAILABLE)
-        return self.service
 
 
 class DrainedBody:
@@ -149,7 +124,7 @@ def create_app(settings: Settings, gate: Gate) -> QuartTrio:
         for route in ROUTES:
             name = f"{base}{route.path} {route.method}"
             path = base + route.path.replace("{", "<").replace("}", ">")
-            app.add_url_rule(path, name, _view(gate, route.handler), methods=[route.method])
+            app.add_url_rule(path, name, _view(gate, route), methods=[route.method])
     for base in ("", *BASE_PATHS):
         app.add_url_rule(f"{base}/healthz", f"{base}/healthz", _healthz, methods=["GET"])
         app.add_url_rule(f"{base}/readyz", f"{base}/readyz", _readyz(gate), methods=["GET"])
@@ -163,20 +138,18 @@ def create_app(settings: Settings, gate: Gate) -> QuartTrio:
 # Routes -----------------------------------------------------------------------------------------------
 
 
-def _view(gate: Gate, handler: Handler) -> Callable[..., Awaitable[Response]]:
+def _view(gate: Gate, route: Route) -> Callable[..., Awaitable[Response]]:
     async def view(**path: str) -> Response:
         service = gate.enter()
-        answer = await handler(
-            service,
-            Request(
-                headers={name.lower(): value for name, value in request.headers.items()},
-                query={name: values[-1] for name, values in request.args.lists()},
-                path=path,
-                body=await request.get_data(cache=True, as_text=False, parse_form_data=False),
-                request_id=g.request_id,
-            ),
+        asked = Request(
+            headers={name.lower(): value for name, value in request.headers.items()},
+            query={name: values[-1] for name, values in request.args.lists()},
+            path=path,
+            body=await request.get_data(cache=True, as_text=False, parse_form_data=False),
+            request_id=g.request_id,
         )
-        return _response(answer)
+        handling = route.handler(service, asked)
+        return _response(await (patiently(service, asked, handling) if route.is_hot else handling))
 
     return view
 
@@ -242,27 +215,18 @@ def _allow_origin(settings: Settings, response: Response) -> None:
     origin = request.headers.get("Origin")
     headers = response.headers
     headers.add("Vary", "Origin")
-    if origin is None or not settings.allows_origin(origin):
-        return
-    headers["Access-Control-Allow-Origin"] = origin
-    headers["Access-Control-Allow-Credentials"] = "true"
-    headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
-    if request.method == "OPTIONS":
+    allowed = answers.allowing(settings, origin)
+    for name, value in allowed:
+        headers[name] = value
+    if allowed and request.method == "OPTIONS":
         headers["Access-Control-Allow-Methods"] = CORS_METHODS
         headers["Access-Control-Allow-Headers"] = CORS_HEADERS
         headers["Access-Control-Max-Age"] = str(PREFLIGHT_S)
 
 
 async def _on_error(failure: Exception) -> Response:
-    if isinstance(failure, Unavailable):
-        log.warning("database_unavailable", reason=str(failure))
-        failure = errors.fault(FaultCode.UNAVAILABLE)
-    elif isinstance(failure, HTTPException):
-        failure = _from_http(failure)
-    elif not isinstance(failure, ApiError):
-        log.error("internal_error", reason=repr(failure), exc_info=failure)
-        failure = ApiError(500, "INTERNAL_ERROR", "Something went wrong here.")
-    return _response(answers.error(failure, g.request_id))
+    told = _from_http(failure) if isinstance(failure, HTTPException) else errors.explained(failure)
+    return _response(answers.error(told, g.request_id))
 
 
 def _from_http(failure: HTTPException) -> ApiError:
@@ -272,13 +236,11 @@ def _from_http(failure: HTTPException) -> ApiError:
             return errors.not_found()
         case 405:
             allowed = ", ".join(sorted(set(getattr(failure, "valid_methods", None) or ()) - {"OPTIONS"}))
-            return ApiError(
-                405, "METHOD_NOT_ALLOWED", f"{request.method} is not for this address.", headers=(("Allow", allowed),)
-            )
+            return not_for_this_address(request.method, allowed)
         case 413:
-            return ApiError(413, "PAYLOAD_TOO_LARGE", "The body is larger than allowed.")
+            return body_too_large()
         case 408 if isinstance(failure, RequestTimeout):
-            return ApiError(400, "BODY_TIMEOUT", f"The body did not arrive within {BODY_S} s.")
+            return body_timed_out()
     return ApiError(400, "BAD_REQUEST", failure.description or "The request cannot be understood.")
 
 

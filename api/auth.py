@@ -14,6 +14,7 @@ import trio
 
 from api import schemas
 from api.errors import ApiError, Detail, invalid
+from api.promises import Promise
 from api.settings import Settings
 from engine.ledger import Unavailable
 from engine.model import UserId
@@ -40,7 +41,7 @@ class UserDirectory:
     def __init__(self, introduce: Introduce) -> None:
         self._introduce = introduce
         self._names: dict[UserId, str] = {}
-        self._waiting: deque[_Stranger] = deque()
+        self._waiting: deque[_Stranger] = deque()  # in the order in which they came
         self._lot = trio.lowlevel.ParkingLot()
 
     def known(self, user_id: UserId) -> str | None:
@@ -51,21 +52,19 @@ class UserDirectory:
             del self._names[next(iter(self._names))]
         self._names[user_id] = username
 
-    async def look_up(self, user_id: UserId, wanted_name: str | None) -> str | None:
-        """The user's name; None where there is no such user, and none may be made.
+    def look_up(self, user_id: UserId, wanted_name: str | None) -> Promise[str | None]:
+        """The user's name to come; None where there is no such user, and none may be made.
 
-        Raises:
+        Raises, where it is awaited:
             Unavailable: the database is out of reach, or too many strangers wait.
         """
+        promise: Promise[str | None] = Promise()
         if len(self._waiting) >= WAITING_USERS_MAX:
-            raise Unavailable("too many users wait to be looked up")
-        stranger = _Stranger(user_id, wanted_name)
-        self._waiting.append(stranger)
+            promise.fail(Unavailable("too many users wait to be looked up"))
+            return promise
+        self._waiting.append((user_id, wanted_name, promise))
         self._lot.unpark()
-        await stranger.done.wait()
-        if stranger.fault is not None:
-            raise stranger.fault
-        return stranger.username
+        return promise
 
     async def run(self) -> None:
         while True:
@@ -75,30 +74,21 @@ class UserDirectory:
             await self._answer(some)
 
     async def _answer(self, strangers: "list[_Stranger]") -> None:
-        fault: Unavailable | None = None
-        names: Mapping[UserId, str] = {}
         try:
             # Many requests of one stranger at once are one introduction; the first one's name counts.
-            wanted = {stranger.user_id: stranger.wanted_name for stranger in reversed(strangers)}
+            wanted = {user_id: wanted_name for user_id, wanted_name, _ in reversed(strangers)}
             names = await self._introduce(list(wanted.items()))
-        except Unavailable as reason:
-            fault = reason
+        except Unavailable as fault:
+            for _, _, promise in strangers:
+                promise.fail(fault)
+            return
         for user_id, username in names.items():
             self.learn(user_id, username)
-        for stranger in strangers:
-            stranger.username, stranger.fault = names.get(stranger.user_id), fault
-            stranger.done.set()
+        for user_id, _, promise in strangers:
+            promise.keep(names.get(user_id))
 
 
-class _Stranger:
-    __slots__ = ("done", "fault", "user_id", "username", "wanted_name")
-
-    def __init__(self, user_id: UserId, wanted_name: str | None) -> None:
-        self.user_id = user_id
-        self.wanted_name = wanted_name
-        self.done = trio.Event()
-        self.username: str | None = None
-        self.fault: Unavailable | None = None
+_Stranger = tuple[UserId, str | None, Promise[str | None]]
 
 
 class Authenticator:
@@ -109,7 +99,7 @@ class Authenticator:
         self._users = users
 
     async def caller(self, headers: Mapping[str, str]) -> Caller:
-        """Who is asking; `headers` has lower-case names.
+        """Who is asking; `headers` has lower-case names. Awaits promises only.
 
         Raises:
             ApiError: 401, or 422 for a name that is none.

@@ -84,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve until SIGTERM or Ctrl-C")
     serve.add_argument("--host", help="listen on this address instead of HOST")
     serve.add_argument("--port", help="listen on this port instead of PORT; 0 takes any free one")
+    serve.add_argument("--certfile", help="serve HTTPS with this certificate instead of TLS_CERTFILE")
+    serve.add_argument("--keyfile", help="the certificate's key, instead of TLS_KEYFILE")
     serve.set_defaults(run=_serve)
 
     migrate = commands.add_parser("migrate", help="bring the schema up to date, or back")
@@ -122,7 +124,7 @@ def _version() -> str:
 
 
 def _serve(asked: argparse.Namespace) -> int:
-    given = {"HOST": asked.host, "PORT": asked.port}
+    given = {"HOST": asked.host, "PORT": asked.port, "TLS_CERTFILE": asked.certfile, "TLS_KEYFILE": asked.keyfile}
     settings = load({**os.environ, **{name: value for name, value in given.items() if value is not None}})
     logs.configure(settings.log_level, settings.log_format)
     from api import serve

@@ -6,8 +6,12 @@ Every error that a client sees is an `ApiError`, rendered by `api.answers.error`
 from typing import Any
 
 import msgspec
+import structlog
 
+from engine.ledger import Unavailable
 from engine.model import FaultCode, RefusalCode
+
+log = structlog.get_logger()
 
 
 class Detail(msgspec.Struct, frozen=True):
@@ -72,6 +76,17 @@ def refused(code: RefusalCode) -> ApiError:
 
 def fault(code: FaultCode) -> ApiError:
     return ApiError(503, code, FAULTS[code], retry_after_s=1)
+
+
+def explained(failure: Exception) -> ApiError:
+    """What a client is told of a failed handler; what only we should know goes into the log."""
+    if isinstance(failure, ApiError):
+        return failure
+    if isinstance(failure, Unavailable):
+        log.warning("database_unavailable", reason=str(failure))
+        return fault(FaultCode.UNAVAILABLE)
+    log.error("internal_error", reason=repr(failure), exc_info=failure)
+    return ApiError(500, "INTERNAL_ERROR", "Something went wrong here.")
 
 
 def not_found() -> ApiError:

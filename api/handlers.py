@@ -1,10 +1,12 @@
 """One function a route: parse, ask, render. No framework in here: every lane calls the same functions.
 
 A handler takes a `Request` whose body has been read in full and returns an `Answer`, or raises an `ApiError`, or
-`Unavailable` where the database is needed and out of reach.
+`Unavailable` where the database is needed and out of reach. The three hot ones (`reserve`, `purchase`,
+`cancel_reservation`) await promises only (see `api.promises`), so that the hot lane runs them without a task; the
+others run in one, and `patiently` lets them, too, do what the hot ones do.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, assert_never
 
 import msgspec
@@ -16,6 +18,7 @@ from api.auth import Authenticator, Caller, UserDirectory
 from api.errors import ApiError
 from api.idempotency import KeyBook, Replayed
 from api.ids import IdSource
+from api.promises import Errands, Handling, Promise, in_trio
 from api.settings import Settings
 from engine.drop import Drop
 from engine.ledger import Unavailable
@@ -75,6 +78,7 @@ class Service(msgspec.Struct, frozen=True):
     auth: Authenticator
     keys: KeyBook
     ids: IdSource
+    errands: Errands
     started_at: float  # Trio's clock, s
 
     async def ping(self) -> None:
@@ -89,14 +93,44 @@ class Service(msgspec.Struct, frozen=True):
             raise Unavailable(f"the database did not answer within {HEALTH_S} s")
 
 
-Handler = Callable[[Service, Request], Awaitable[Answer]]
+class Gate:
+    """What stands between clients and the engine: open while there is a service behind it."""
+
+    def __init__(self) -> None:
+        self.service: Service | None = None
+        self.is_stopping = False
+
+    def enter(self) -> Service:
+        """The service.
+
+        Raises:
+            ApiError: 503, it is not up, or going down.
+        """
+        if self.is_stopping:
+            raise errors.fault(FaultCode.STOPPING)
+        if self.service is None:
+            raise errors.fault(FaultCode.UNAVAILABLE)
+        return self.service
+
+
+Handler = Callable[[Service, Request], Coroutine[Any, Any, Answer]]
+
+
+async def patiently(service: Service, request: Request, handling: Handling[Answer]) -> Answer:
+    """What a coroutine that awaits promises answers, or `OUTCOME_UNKNOWN` when that takes longer than anybody waits.
+
+    Cancelling the wait, or its end, does not cancel what was asked.
+    """
+    with trio.move_on_after(service.registry.answer_s):
+        return await in_trio(handling)
+    return answers.error(errors.fault(FaultCode.UNKNOWN), request.request_id)
 
 
 # Drops ------------------------------------------------------------------------------------------------
 
 
 async def create_drop(service: Service, request: Request) -> Answer:
-    caller = await service.auth.caller(request.headers)
+    caller = await in_trio(service.auth.caller(request.headers))
     wanted = schemas.body(schemas.NewDrop, request.headers.get("content-type"), request.body)
     now = service.registry.clock.now()
     status = schemas.status_of(wanted, now)
@@ -116,7 +150,8 @@ async def create_drop(service: Service, request: Request) -> Answer:
     def ask(reply: Reply, receipt: Receipt | None) -> None:
         service.registry.create(command, reply, receipt)
 
-    return await _decided(service, request, caller, "create_drop", msgspec.json.encode(wanted), ask)
+    handling = _decided(service, request, caller, "create_drop", msgspec.json.encode(wanted), ask)
+    return await patiently(service, request, handling)
 
 
 async def list_drops(service: Service, request: Request) -> Answer:
@@ -127,7 +162,7 @@ async def list_drops(service: Service, request: Request) -> Answer:
 
 
 async def show_drop(service: Service, request: Request) -> Answer:
-    state = await _drop(service, _drop_id(request))
+    state = await in_trio(_drop(service, _drop_id(request)))
     return answers.success(200, answers.drop(state), request.request_id)
 
 
@@ -152,14 +187,16 @@ async def cancel_reservation(service: Service, request: Request) -> Answer:
     reservation_id = ReservationId(schemas.path_id("id", request.path["id"]))
     for hold in service.registry.board.holds_of(caller.user_id):
         if hold.id == reservation_id:
-            outcome = await service.registry.call(hold.drop_id, Cancel(caller.user_id, reservation_id))
+            told: Promise[Outcome] = Promise()
+            service.registry.ask(hold.drop_id, Cancel(caller.user_id, reservation_id), told.keep)
+            outcome = await told
             if not (isinstance(outcome, Refused) and outcome.code is RefusalCode.RESERVATION_NOT_FOUND):
                 return _answer(outcome, request)
     raise await _why_not_on_board(service, caller, reservation_id)
 
 
 async def my_reservations(service: Service, request: Request) -> Answer:
-    caller = await service.auth.caller(request.headers)
+    caller = await in_trio(service.auth.caller(request.headers))
     now = service.registry.clock.now()
     board = service.registry.board
     found: list[tuple[Hold, Drop]] = []
@@ -171,7 +208,7 @@ async def my_reservations(service: Service, request: Request) -> Answer:
 
 
 async def my_purchases(service: Service, request: Request) -> Answer:
-    caller = await service.auth.caller(request.headers)
+    caller = await in_trio(service.auth.caller(request.headers))
     page = schemas.page(request.query)
     found = await service.reads.purchases_of(caller.user_id, limit=page.limit, offset=page.offset)
     items = [
@@ -199,7 +236,7 @@ async def health(service: Service, request: Request) -> Answer:
 
 
 async def me(service: Service, request: Request) -> Answer:
-    caller = await service.auth.caller(request.headers)
+    caller = await in_trio(service.auth.caller(request.headers))
     return answers.success(200, {"user": {"id": caller.user_id, "username": caller.username}}, request.request_id)
 
 
@@ -253,8 +290,9 @@ async def _decided(
     """Ask, under the caller's idempotency key if there is one, and render what came of it."""
     key = schemas.idempotency_key(request.headers.get("idempotency-key"))
     if key is None:
-        outcome = await service.registry.wait_for(lambda reply: ask(reply, None))
-        return _answer(outcome, request)
+        told: Promise[Outcome] = Promise()
+        ask(told.keep, None)
+        return _answer(await told, request)
 
     def render(decision: Decision) -> StoredAnswer:
         answer = _answer(decision, request)
@@ -265,7 +303,6 @@ async def _decided(
         idempotency.fingerprint(target),
         ask,
         render,
-        service.registry.answer_s,
     )
     if isinstance(found, Replayed):
         return Answer(found.answer.status_code, found.answer.body, (("Idempotency-Replayed", "true"),))
@@ -302,7 +339,7 @@ def _rendered(outcome: Outcome) -> tuple[int, Any] | ApiError:
 
 async def _why_not_on_board(service: Service, caller: Caller, reservation_id: ReservationId) -> ApiError:
     """Why a reservation is not among the caller's holds: the tables know, and an ended one stays ended."""
-    row = await service.reads.reservation(reservation_id)
+    row = await service.errands.run(lambda: service.reads.reservation(reservation_id))
     if row is None or row.user_id != caller.user_id:
         return errors.refused(RefusalCode.RESERVATION_NOT_FOUND)
     if row.status is ReservationStatus.EXPIRED:
@@ -322,15 +359,19 @@ async def _drop(service: Service, drop_id: DropId) -> Drop:
     state = service.registry.board.drop(drop_id)
     if state is not None:
         return state
-    # Asked first, since taking over costs more than a look, and anybody can make up ids.
-    if not await service.reads.has_drop(drop_id):
-        raise errors.refused(RefusalCode.DROP_NOT_FOUND)
-    found = await service.registry.find(drop_id)
+    found = await service.errands.run(lambda: _loaded(service, drop_id))
     if found is None:
         raise errors.refused(RefusalCode.DROP_NOT_FOUND)
     if isinstance(found, Fault):
         raise errors.fault(found.code)
     return found
+
+
+async def _loaded(service: Service, drop_id: DropId) -> Drop | Fault | None:
+    # Asked first, since taking over costs more than a look, and anybody can make up ids.
+    if not await service.reads.has_drop(drop_id):
+        return None
+    return await service.registry.find(drop_id)
 
 
 def _drop_id(request: Request) -> DropId:

@@ -5,13 +5,14 @@ module keeps what the ledger can't: which keys are being worked on right now, an
 """
 
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import trio
 
 from api import errors
 from api.errors import ApiError
+from api.promises import Promise
 from engine.model import (
     Decision,
     Fault,
@@ -27,7 +28,7 @@ from engine.model import (
 )
 
 KeyId = tuple[UserId, str, str]  # user, operation, key
-Find = Callable[[UserId, str, str], Awaitable[StoredReceipt | None]]
+Find = Callable[[UserId, str, str], Promise[StoredReceipt | None]]
 Render = Callable[[Decision], StoredAnswer]
 Ask = Callable[[Reply, Receipt | None], None]
 
@@ -60,28 +61,24 @@ class KeyBook:
             self._young_since = trio.current_time()
         self._young.update(hash(key) for key in keys)
 
-    async def once(
-        self, key: KeyId, fingerprint: bytes, ask: Ask, render: Render, at_most_s: float
-    ) -> Outcome | Replayed | StoredAnswer:
+    async def once(self, key: KeyId, fingerprint: bytes, ask: Ask, render: Render) -> Outcome | Replayed | StoredAnswer:
         """Ask, unless this key has been used: then wait for its answer, or find it, and replay it.
 
-        `ask` hands the command over with the receipt and with whom to tell. Waits at most `at_most_s`; then the
-        outcome is unknown, and the key stays taken until the engine has told it.
+        `ask` hands the command over with the receipt and with whom to tell. Awaits promises only. A caller that
+        waits no longer leaves the key taken until the engine has told what became of it.
 
         Raises:
             ApiError: 422, the key was used with another request.
             Unavailable: the key may have been used, and the ledger is out of reach.
         """
-        with trio.move_on_after(at_most_s):
-            while (running := self._running.get(key)) is not None:
-                if running.is_first:
-                    running.match(fingerprint)
-                await running.done.wait()
-                if running.answer is not None:
-                    running.match(fingerprint)
-                    return Replayed(running.answer)
-            return await self._first(key, fingerprint, ask, render)
-        return Fault(FaultCode.UNKNOWN)
+        while (running := self._running.get(key)) is not None:
+            if running.is_first:
+                running.match(fingerprint)
+            await running.told()
+            if running.answer is not None:
+                running.match(fingerprint)
+                return Replayed(running.answer)
+        return await self._first(key, fingerprint, ask, render)
 
     async def _first(
         self, key: KeyId, fingerprint: bytes, ask: Ask, render: Render
@@ -106,8 +103,9 @@ class KeyBook:
             running.match(fingerprint)
             return Replayed(stored.answer)
         running.is_first = True
+        told = running.told()  # before it is asked: the answer may come at once
         ask(reply, Receipt(*key, fingerprint, remembering))
-        await running.done.wait()
+        await told
         return running.answer or running.outcome
 
     async def _look_up(self, key: KeyId) -> StoredReceipt | None:
@@ -127,21 +125,29 @@ class KeyBook:
         # After a fault too: the drop may have stumbled over this very key, used where we did not see it.
         self.learn([key])
         del self._running[key]
-        running.done.set()
+        waiting, running.waiting = running.waiting, []
+        for promise in waiting:
+            promise.keep(None)
 
 
 class _Running:
     """A key that is being worked on, by its first request (`is_first`) or by one that may be a retry."""
 
-    __slots__ = ("answer", "done", "fingerprint", "is_first", "outcome", "rendered")
+    __slots__ = ("answer", "fingerprint", "is_first", "outcome", "rendered", "waiting")
 
     def __init__(self, fingerprint: bytes) -> None:
         self.fingerprint = fingerprint
         self.is_first = False
-        self.done = trio.Event()
+        self.waiting: list[Promise[None]] = []  # as many as requests in flight
         self.rendered: StoredAnswer | None = None
         self.answer: StoredAnswer | None = None
         self.outcome: Outcome = Fault(FaultCode.UNKNOWN)
+
+    def told(self) -> Promise[None]:
+        """Kept when it is known what became of it."""
+        promise: Promise[None] = Promise()
+        self.waiting.append(promise)
+        return promise
 
     def match(self, fingerprint: bytes) -> None:
         if self.fingerprint != fingerprint:

@@ -12,11 +12,12 @@ BASE_PATHS = ("/api/v1", "/api")
 
 
 class Route(msgspec.Struct, frozen=True):
-    """`path` names its ids in braces: `/drops/{id}`."""
+    """`path` names its ids in braces: `/drops/{id}`. A hot one has a lane of its own; its handler awaits no task."""
 
     method: str
     path: str
     handler: Handler
+    is_hot: bool = False
 
 
 ROUTES = (
@@ -26,10 +27,10 @@ ROUTES = (
     Route("GET", "/drops", handlers.list_drops),
     Route("POST", "/drops", handlers.create_drop),
     Route("GET", "/drops/{id}", handlers.show_drop),
-    Route("POST", "/drops/{id}/reserve", handlers.reserve),
-    Route("POST", "/drops/{id}/purchase", handlers.purchase),
+    Route("POST", "/drops/{id}/reserve", handlers.reserve, is_hot=True),
+    Route("POST", "/drops/{id}/purchase", handlers.purchase, is_hot=True),
     Route("GET", "/reservations/me", handlers.my_reservations),
-    Route("DELETE", "/reservations/{id}/cancel", handlers.cancel_reservation),
+    Route("DELETE", "/reservations/{id}/cancel", handlers.cancel_reservation, is_hot=True),
     Route("GET", "/purchases/me", handlers.my_purchases),
     Route("POST", "/internal/users", handlers.create_user),
     Route("POST", "/internal/expire-now", handlers.expire_now),

@@ -19,12 +19,13 @@ import msgspec
 import structlog
 import trio
 
-from api.app import Gate, create_app
+from api.app import create_app
 from api.auth import Authenticator, UserDirectory
-from api.front import Front, PortTaken, listen
-from api.handlers import Service
+from api.front import CertificateUnusable, Front, PortTaken, listen
+from api.handlers import Gate, Service
 from api.idempotency import KeyBook
 from api.ids import IdSource
+from api.promises import Errands
 from api.settings import AuthMode, Settings
 from engine.clock import Clock
 from engine.ledger import Unavailable
@@ -50,14 +51,14 @@ PRUNE_S = 3600.0  # between two clean-outs of old idempotency keys
 WATCH_S = 0.2  # between two looks at the embedded server's process
 MS_PER_HOUR = 3_600_000
 
-OPERATOR_ERRORS = (PortTaken, StartRefused, EmbeddedServerError, schema.SchemaOutdated)
+OPERATOR_ERRORS = (PortTaken, CertificateUnusable, StartRefused, EmbeddedServerError, schema.SchemaOutdated)
 
 
 def main(settings: Settings) -> int:
     """Serve until SIGTERM or Ctrl-C; the process's exit code.
 
     Raises:
-        PortTaken, StartRefused, EmbeddedServerError, SchemaOutdated: one sentence for the operator.
+        One of OPERATOR_ERRORS: one sentence for the operator.
     """
     try:
         return trio.run(_serve, settings)
@@ -78,12 +79,13 @@ class Storage(msgspec.Struct, frozen=True):
 async def _serve(settings: Settings) -> int:
     listening = listen(settings.host, settings.port)
     gate = Gate()
-    front = Front(create_app(settings, gate))
+    front = Front(create_app(settings, gate), settings, gate)
     for name in settings.ignored:
         log.warning("setting_without_effect", name=name, reason="deadlines are exact, not polled")
     async with trio.open_nursery() as nursery, front.open(listening):
         port = listening[0].getsockname()[1]
-        log.info("listening", url=f"http://{settings.host}:{port}", env=settings.app_env)
+        scheme = "http" if settings.tls_certfile is None else "https"
+        log.info("listening", url=f"{scheme}://{settings.host}:{port}", env=settings.app_env)
         stop = trio.Event()
         with trio.CancelScope() as starting:
             await nursery.start(_stop_on_signal, stop, gate, starting)
@@ -135,11 +137,13 @@ async def _engine(settings: Settings, storage: Storage) -> AsyncIterator[Service
     may_create = not settings.is_production or settings.auth_mode is AuthMode.JWT
     users = UserDirectory(lambda strangers: reads.introduce(strangers, create=may_create, at=clock.now()))
     keep_ms = settings.idempotency_keep_hours * MS_PER_HOUR
-    # Every row that there is, and for as long as one can be: a key that the book has forgotten while its row still
-    # stands would be taken for a new one, and its row's key would reject the part that brings it.
-    keys = KeyBook(reads.find_receipt, keep_ms / 1000 + 2 * PRUNE_S)
-    keys.learn(await reads.keys_since(Instant(0)))
+    known_keys = await reads.keys_since(Instant(0))
     async with running(storage.ledger, clock, Publisher(), settings.limits) as registry, trio.open_nursery() as nursery:
+        errands = Errands(nursery)
+        # Every row that there is, and for as long as one can be: a key that the book has forgotten while its row still
+        # stands would be taken for a new one, and its row's key would reject the part that brings it.
+        keys = KeyBook(lambda *key: errands.run(lambda: reads.find_receipt(*key)), keep_ms / 1000 + 2 * PRUNE_S)
+        keys.learn(known_keys)
         nursery.start_soon(users.run)
         nursery.start_soon(_prune_keys, reads, clock, keep_ms)
         yield Service(
@@ -150,6 +154,7 @@ async def _engine(settings: Settings, storage: Storage) -> AsyncIterator[Service
             auth=Authenticator(settings, users),
             keys=keys,
             ids=IdSource(clock.now),
+            errands=errands,
             started_at=trio.current_time(),
         )
         nursery.cancel_scope.cancel()

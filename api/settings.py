@@ -66,6 +66,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     part_max: int
     batch_max: int
     body_max_bytes: int
+    connections_max: int
+    tls_certfile: Path | None
+    tls_keyfile: Path | None
     pool_size: int
     answer_timeout_ms: int
     commit_stall_ms: int
@@ -337,6 +340,21 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "Largest body of a request; more is 413. No request of the API needs a tenth of it.",
     ),
     _setting(
+        "CONNECTIONS_MAX", "20000", "connections", _whole(1, 1_000_000),
+        "Connections of clients that are open at once; one more gets 503 and is closed. Each costs a descriptor and,"
+        " idle, about 2 KiB.",
+    ),
+    _setting(
+        "TLS_CERTFILE", None, "path",
+        ("a PEM file with a certificate and its chain", lambda text: Path(text).expanduser()),
+        "Serve HTTPS and HTTP/2 with this certificate, not plain HTTP. Behind a proxy that ends TLS leave it out: then"
+        " the port has its fast lane.",
+    ),
+    _setting(
+        "TLS_KEYFILE", None, "path", ("a PEM file with a private key", lambda text: Path(text).expanduser()),
+        "The key of `TLS_CERTFILE`, if it is not in that file.",
+    ),
+    _setting(
         "POOL_SIZE", "10", "connections", _whole(1, 200),
         "Connections to PostgreSQL for reads, beside the one that writes. The writer never waits for a reader.",
     ),
@@ -506,6 +524,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         )
     if values.get("auth_mode") is AuthMode.JWT and "jwt_secret" in values and values["jwt_secret"] is None:
         problems.append(f"JWT_SECRET is missing: AUTH_MODE=jwt needs one of at least {JWT_SECRET_BYTES_MIN} bytes.")
+    if values.get("tls_keyfile") is not None and values.get("tls_certfile", "") is None:
+        problems.append("TLS_CERTFILE is missing: TLS_KEYFILE is of no use without it.")
     for small, large in (
         ("PART_MAX", "BATCH_MAX"),
         ("COMMIT_STALL_MS", "COMMIT_TIMEOUT_MS"),

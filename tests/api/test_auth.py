@@ -16,6 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 from api import auth
 from api.auth import Authenticator, Caller, UserDirectory
 from api.errors import ApiError
+from api.promises import in_trio
 from api.settings import Settings, load
 from engine.ledger import Unavailable
 from engine.model import UserId
@@ -59,9 +60,16 @@ async def directory_of(people: People) -> AsyncIterator[UserDirectory]:
         nursery.cancel_scope.cancel()
 
 
+async def name_of(users: UserDirectory, user_id: UserId, name: str | None) -> str | None:
+    async def handling() -> str | None:
+        return await users.look_up(user_id, name)
+
+    return await in_trio(handling())
+
+
 async def look_up(users: UserDirectory, user_id: UserId, name: str | None, into: list[str | None]) -> None:
     try:
-        into.append(await users.look_up(user_id, name))
+        into.append(await name_of(users, user_id, name))
     except Unavailable:
         into.append("Unavailable")
 
@@ -124,16 +132,16 @@ async def test_name_that_was_found_is_known_from_then_on() -> None:
     people = People()
     async with directory_of(people) as users:
         assert users.known(ANN) is None
-        assert await users.look_up(ANN, "ann") == "ann"
+        assert await name_of(users, ANN, "ann") == "ann"
         assert users.known(ANN) == "ann"
 
 
 async def test_stranger_whom_nobody_may_make_is_none_and_not_remembered() -> None:
     people = People(may_create=False)
     async with directory_of(people) as users:
-        assert await users.look_up(ANN, "ann") is None
+        assert await name_of(users, ANN, "ann") is None
         people.names[ANN] = "ann"
-        assert await users.look_up(ANN, None) == "ann"
+        assert await name_of(users, ANN, None) == "ann"
 
 
 async def test_fault_is_told_to_all_who_waited_and_the_directory_goes_on() -> None:
@@ -146,7 +154,7 @@ async def test_fault_is_told_to_all_who_waited_and_the_directory_goes_on() -> No
         assert found == ["Unavailable", "Unavailable"]
 
         people.is_down = False
-        assert await users.look_up(ANN, "ann") == "ann"
+        assert await name_of(users, ANN, "ann") == "ann"
 
 
 async def test_more_than_may_wait_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +205,7 @@ async def test_caller_that_goes_away_leaves_the_others_in_peace() -> None:
 
 async def caller(headers: Mapping[str, str], chosen: Settings | None = None, people: People | None = None) -> Caller:
     async with directory_of(people or People()) as users:
-        return await Authenticator(chosen or load({}, None), users).caller(headers)
+        return await in_trio(Authenticator(chosen or load({}, None), users).caller(headers))
 
 
 async def refusal(headers: Mapping[str, str], chosen: Settings | None = None, people: People | None = None) -> str:
@@ -259,7 +267,7 @@ async def test_any_headers_are_a_caller_or_an_api_error(headers: dict[str, str])
     people = People()
     async with directory_of(people) as users:
         try:
-            await Authenticator(load({}, None), users).caller(headers)
+            await in_trio(Authenticator(load({}, None), users).caller(headers))
         except ApiError as failure:
             status_code = failure.status_code
         else:

@@ -7,6 +7,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from api import idempotency
 from api.errors import ApiError
 from api.idempotency import KeyBook, KeyId, Replayed
+from api.promises import Errands, Promise, in_trio
 from engine.ledger import Unavailable
 from engine.model import (
     Decision,
@@ -96,10 +97,21 @@ class Desk:
     def __init__(self) -> None:
         self.ledger = Ledger()
         self.engine = Engine(self.ledger)
-        self.book = KeyBook(self.ledger.find, KEEP_S)
+        self.book = KeyBook(self._find, KEEP_S)
+        self._errands: Errands | None = None
+
+    def work_in(self, nursery: trio.Nursery) -> None:
+        self._errands = Errands(nursery)
+
+    def _find(self, *key: *KeyId) -> Promise[StoredReceipt | None]:
+        assert self._errands is not None, "no nursery yet"
+        return self._errands.run(lambda: self.ledger.find(*key))
 
     async def once(self, key: KeyId = KEY, fingerprint: bytes = ONE) -> Result:
-        return await self.book.once(key, fingerprint, self.engine.ask, render, PATIENCE_S)
+        """As a handler in a Trio task asks: with an end to its patience."""
+        with trio.move_on_after(PATIENCE_S):
+            return await in_trio(self.book.once(key, fingerprint, self.engine.ask, render))
+        return Fault(FaultCode.UNKNOWN)
 
     async def call(self, into: list[Result | str], key: KeyId = KEY, fingerprint: bytes = ONE) -> None:
         """`once` in a task of its own; an error is put down by its code."""
@@ -118,8 +130,10 @@ class Desk:
 
 
 @pytest.fixture
-async def desk() -> Desk:
-    return Desk()
+async def desk(nursery: trio.Nursery) -> Desk:
+    desk = Desk()
+    desk.work_in(nursery)
+    return desk
 
 
 # The first ----------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_list_is_cut_into_pages(shop: Shop) -> None:
         ("limit=99999999999999999999", ["limit"]),
         ("offset=-1", ["offset"]),
         ("offset=1000001", ["offset"]),
-        ("offset=" + "9" * 5_000, ["offset"]),
+        ("offset=" + "9" * 1_500, ["offset"]),
         ("limit=0&offset=x", ["limit", "offset"]),
     ],
 )

@@ -1,0 +1,205 @@
+"""The cold lane: Hypercorn with the Quart application, for all that is not hot.
+
+Of a plain connection it gets one request at a time, read and checked by the hot lane, which keeps the socket: so that
+connection is at once free for hot requests again. A connection that speaks another protocol (HTTP/2, TLS, WebSocket)
+it gets whole.
+
+Two things only the owner of the streams can do: a peer that does not read keeps Hypercorn in a shielded send, so at
+the end the sockets are cut under it; and a connection that stays silent is closed by `read_timeout`, since Hypercorn's
+keep-alive time limit does not fire after the first answer of a Quart-Trio app.
+"""
+
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.lifespan import Lifespan
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState, LifespanState
+from hypercorn.utils import wrap_app
+from quart_trio import QuartTrio
+
+from api import http1
+from api.hotlane import Connection
+from api.http1 import HEAD_MAX, Message
+
+SILENCE_S: Final = 75  # after which a connection is closed; longer than any answer takes, shorter than NATs forget
+# Of a request's head, what the hot lane has seen to: how long its body is, and that the client has sent it.
+READ_BEFORE: Final = frozenset((b"content-length", b"transfer-encoding", b"expect", b"trailer"))
+
+
+class ColdLane:
+    """Made by `open`. `certfile` and `keyfile` are for connections that `serve` gets with TLS."""
+
+    def __init__(self, app: QuartTrio, certfile: Path | None = None, keyfile: Path | None = None) -> None:
+        self.config = config = Config()
+        config.read_timeout = SILENCE_S
+        config.keep_alive_timeout = SILENCE_S
+        config.keep_alive_max_requests = 1_000_000
+        config.h11_max_incomplete_size = HEAD_MAX
+        config.include_server_header = False
+        config.accesslog = None  # the application writes its own
+        config.errorlog = logging.getLogger("hypercorn.error")
+        if certfile is not None:
+            config.certfile, config.keyfile = str(certfile), str(keyfile or certfile)
+        self._wrapped = wrap_app(app, config.wsgi_max_body_size, "asgi")
+        self._context = WorkerContext(None)
+        self._state: LifespanState = {}
+        self._answering = 0
+        self._idle = trio.lowlevel.ParkingLot()
+        self._streams: set[trio.SocketStream] = set()
+        self._nursery: trio.Nursery | None = None
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Serve until the block ends; end it with `drain`."""
+        lifespan = Lifespan(self._wrapped, self.config, self._state)
+        async with trio.open_nursery() as outer:
+            await outer.start(lifespan.handle_lifespan)
+            await lifespan.wait_for_startup()
+            async with trio.open_nursery() as connections:
+                self._nursery = connections
+                yield
+                self.cut()
+                connections.cancel_scope.cancel()
+            await lifespan.wait_for_shutdown()
+            outer.cancel_scope.cancel()
+
+    # One request -------------------------------------------------------------------------------------
+
+    def answer(self, connection: Connection, message: Message) -> None:
+        """Have one request answered; `connection.done` follows."""
+        assert self._nursery is not None, "the lane is not open"
+        self._nursery.start_soon(self._answer, connection, message)
+
+    async def _answer(self, connection: Connection, message: Message) -> None:
+        stream = OneRequest(connection, _whole(message))
+        state = ConnectionState(self._state.copy())
+        with trio.CancelScope() as serving:
+
+            async def app(*asgi: Any) -> None:
+                await self._count(*asgi)
+                # The last byte is written. Left alone, Hypercorn would now wait for a next request. After a failure
+                # it has something to say, and then ends by itself.
+                serving.cancel()
+
+            # Its annotation knows sockets with TLS only, its code whatever receives and sends.
+            await TCPServer(app, self.config, self._context, state, stream).run()  # type: ignore[arg-type]
+        connection.done(is_last=stream.is_cut)
+
+    # Whole connections -------------------------------------------------------------------------------
+
+    def take(self, sock: socket.socket, received: bytes) -> None:
+        """Serve a connection to its end, of which `received` has been read already."""
+        assert self._nursery is not None, "the lane is not open"
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        self._nursery.start_soon(self._serve, stream, BegunStream(stream, received))
+
+    async def serve(self, listening: list[trio.SSLListener[trio.SocketStream]]) -> None:
+        """Accept connections with TLS, until cancelled."""
+        await trio.serve_listeners(self._serve_tls, listening, handler_nursery=self._nursery)
+
+    async def _serve_tls(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        await self._serve(stream.transport_stream, stream)
+
+    async def _serve(self, transport: trio.SocketStream, stream: Any) -> None:
+        self._streams.add(transport)
+        try:
+            state = ConnectionState(self._state.copy())
+            await TCPServer(self._count, self.config, self._context, state, stream).run()  # type: ignore[arg-type]
+        finally:
+            self._streams.discard(transport)
+
+    async def _count(self, *asgi: Any) -> None:
+        """The application, from a request's head to the last byte of its answer in the kernel's hands."""
+        self._answering += 1
+        try:
+            await self._wrapped(*asgi)
+        finally:
+            self._answering -= 1
+            if not self._answering:
+                self._idle.unpark_all()
+
+    # The end -----------------------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Wait until what was asked is answered; connections close after their answer."""
+        await self._context.terminated.set()
+        while self._answering:
+            await self._idle.park()
+
+    def cut(self) -> None:
+        """Close every connection under whoever is using it."""
+        for stream in list(self._streams):
+            stream.socket.close()
+
+
+class OneRequest:
+    """What Hypercorn takes for a connection: one request to read, then the hot lane's connection to write to."""
+
+    def __init__(self, connection: Connection, request: bytes) -> None:
+        self.socket = connection.sock
+        self.is_cut = False  # by Hypercorn, which wants the connection closed
+        self._connection = connection
+        self._request = request
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        await trio.lowlevel.checkpoint()
+        request, self._request = self._request, b""
+        if not request:
+            await trio.sleep_forever()  # until it is cancelled: there is one request, and its answer is the end
+        return request
+
+    async def send_all(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        connection = self._connection
+        connection.write(data)
+        if connection.out:
+            flushed = trio.Event()
+            connection.flushed = flushed.set
+            try:
+                await flushed.wait()
+            finally:
+                connection.flushed = None
+        if connection.is_closed:
+            raise trio.BrokenResourceError("the peer is gone")
+
+    async def send_eof(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        self.is_cut = True
+        await trio.lowlevel.checkpoint()
+
+
+class BegunStream:
+    """A socket whose first bytes were read already. Trio's own stream is final, so this hands on to one."""
+
+    def __init__(self, stream: trio.SocketStream, received: bytes) -> None:
+        self.socket = stream.socket
+        self.send_all = stream.send_all
+        self.send_eof = stream.send_eof
+        self.aclose = stream.aclose
+        self._receive_some = stream.receive_some
+        self._received = received
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        received, self._received = self._received, b""
+        if received:
+            await trio.lowlevel.checkpoint()
+            return received
+        return await self._receive_some(max_bytes)
+
+
+def _whole(message: Message) -> bytes:
+    """The request as one piece whose length stands in its head."""
+    fields = [field for field in message.fields if field[0] not in READ_BEFORE]
+    if message.body or message.method in (b"POST", b"PUT", b"PATCH"):
+        fields.append((b"content-length", b"%d" % len(message.body)))
+    return http1.serialized(message, fields) + message.body
