@@ -17,6 +17,8 @@ from typing import Final, TypeVar
 import psycopg
 import structlog
 import trio
+from psycopg import pq
+from psycopg.pq.abc import PGresult
 
 from engine.ledger import (
     Batch,
@@ -29,16 +31,13 @@ from engine.ledger import (
 )
 from engine.model import DropId, DropRecord, Instant
 from persistence import batch_sql, loading, resolution, statements
-from persistence.encoding import encode
+from persistence.encoding import Unencodable, encode
 from persistence.startup import CLOCK_SKEW_MAX_S, EngineLock, StartRefused, check_server, check_settings
 from persistence.trio_pg import Backend, ConnectionLost, TrioConnection, is_refusal, terminate_backend
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-
-_COMMIT: Final = b"commit"
-_BIRTH: Final = b"birth"
 
 # Generic plans: planning the statement anew costs more than running it. Nested loops over the indexes,
 # whatever the statistics say: they are those of empty tables for the first minute of a new database, and a
@@ -166,16 +165,18 @@ class PostgresLedger:
         await trio.lowlevel.checkpoint_if_cancelled()
         if not batch:
             return frozenset()
-        parameters = encode(batch)
+        try:
+            statement, parameters = encode(batch)
+        except Unencodable as error:
+            self._count(rejected=1)
+            raise Rejected(f"{type(error).__name__}: {error}") from error
         writer = await self._ready_writer()
-        statement = _BIRTH if batch[0].is_birth else _COMMIT
         try:
             # Shielded: nobody's cancellation may leave a batch in doubt. Bounded all the same.
             with trio.move_on_after(self._options.commit_timeout_s, shield=True):
-                result = await writer.run_prepared(statement, parameters, abandon_on_cancel=True)
-                hit = frozenset(
-                    batch[int(result.get_value(row, 0) or b"") - 1].drop_id for row in range(result.ntuples)
-                )
+                formats = [pq.Format.BINARY] * len(parameters)
+                result = await writer.run_prepared(statement, parameters, formats=formats, abandon_on_cancel=True)
+                hit = _hit(batch, result)
                 self._count(batches=1, changes=len(hit), misses=len(batch) - len(hit))
                 return hit
         except psycopg.Error as error:
@@ -219,8 +220,8 @@ class PostgresLedger:
         await check_settings(conn, allow_unsafe_durability=self._options.allow_unsafe_durability)
         timeout_ms = int(self._options.commit_timeout_s * _SERVER_SHARE * 1000)
         await _set(conn, {**_SESSION_SETTINGS, **_WRITER_SETTINGS, "statement_timeout": str(timeout_ms)})
-        await conn.prepare(_COMMIT, batch_sql.COMMIT)
-        await conn.prepare(_BIRTH, batch_sql.BIRTH)
+        for name, text in batch_sql.STATEMENTS.items():
+            await conn.prepare(name, text)
 
     def _drop_writer(self, writer: TrioConnection, *, is_suspect: bool) -> None:
         if is_suspect and writer.backend is not None:
@@ -342,6 +343,14 @@ class PostgresLedger:
 # Refusals that say "not here, not now" rather than "not this batch": a standby that was promoted away, a
 # prepared statement that some proxy lost. The connection is replaced, the batch can be sent again as it is.
 _ELSEWHERE: Final = frozenset({"25006", "26000"})
+
+
+def _hit(batch: Batch, result: PGresult) -> frozenset[DropId]:
+    """The drops whose positions the statement returned, as an array in text; no row if there are none."""
+    if not result.ntuples:
+        return frozenset()
+    positions = (result.get_value(0, 0) or b"")[1:-1].split(b",")
+    return frozenset([batch[int(position) - 1].drop_id for position in positions])
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ from typing import Final
 
 import psycopg
 
-REVISION: Final = "0001"
+REVISION: Final = "0002"
 """The newest revision in `migrations/versions`, which are numbered in their order."""
 
 

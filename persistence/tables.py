@@ -103,7 +103,6 @@ reservations = sa.Table(
         unique=True,
         postgresql_where=sa.text("status = 'active'"),
     ),
-    sa.Index("ix_reservations_expires_at", "expires_at", postgresql_where=sa.text("status = 'active'")),
     # With the unique one above, this makes all rows of a drop reachable by its id; together they hold each
     # row once.
     sa.Index(

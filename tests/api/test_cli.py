@@ -136,11 +136,11 @@ def test_a_data_directory_that_cannot_be_is_one_sentence(shell: Shell) -> None:
 
 def test_migrate_goes_up_and_down_and_says_so(shell: Shell, empty_database: str) -> None:
     shell.environ["DATABASE_URL"] = empty_database
-    assert shell.done("migrate") == "schema (none) -> 0001\n"
-    assert shell.done("migrate") == "schema 0001: nothing to do\n"
-    assert shell.done("migrate", "--down", "base") == "schema 0001 -> (none)\n"
+    assert shell.done("migrate") == "schema (none) -> 0002\n"
+    assert shell.done("migrate") == "schema 0002: nothing to do\n"
+    assert shell.done("migrate", "--down", "base") == "schema 0002 -> (none)\n"
     assert one(empty_database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == "0"
-    assert shell.done("migrate") == "schema (none) -> 0001\n"
+    assert shell.done("migrate") == "schema (none) -> 0002\n"
 
 
 def test_migrate_knows_only_its_own_revisions(on_database: Shell) -> None:
@@ -306,7 +306,7 @@ def test_commands_find_the_embedded_server_that_serve_runs(shell: Shell) -> None
         while "ready" not in said:
             said = serving.stderr.readline()
             assert said, "serve ended before it was ready"
-        assert shell.done("migrate") == "schema 0001: nothing to do\n"
+        assert shell.done("migrate") == "schema 0002: nothing to do\n"
         assert "another engine serves" in shell.refused("seed")
         shell.done("audit")
         assert "cannot listen" in shell.refused("serve", "--port", port, HOLDFAST_DATA_DIR="elsewhere")

@@ -20,9 +20,10 @@ from typing import Final, Self
 
 from psycopg.conninfo import conninfo_to_dict
 
+from persistence import batch_sql
 from tests.ports import free_port
 
-_STATEMENTS: Final = (b"commit", b"birth")
+_STATEMENTS: Final = tuple(batch_sql.STATEMENTS)
 _NO_ENCRYPTION: Final = b"N"
 _SSL_REQUEST, _GSS_REQUEST, _CANCEL_REQUEST = 80877103, 80877104, 80877102
 _FLUSH: Final = b"H\x00\x00\x00\x04"

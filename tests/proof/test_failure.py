@@ -175,7 +175,7 @@ async def test_full_mailboxes_and_a_full_house_refuse_at_once_and_lose_nothing(
 async def test_broken_guard_stops_one_drop_and_no_other(database: str, engine: StartEngine) -> None:
     server = engine(database)
     shop = Shop(server.port)
-    numbered, fenced, lying, healthy = [await shop.new_drop(500) for _ in range(4)]
+    numbered, fenced, lying, healthy = [await shop.new_drop(100_000) for _ in range(4)]
     users = await shop.users(10)
     for drop_id in (numbered, fenced, lying, healthy):
         assert (await users[0].reserve(drop_id)).status == 201
