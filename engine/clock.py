@@ -23,11 +23,14 @@ class Clock:
     def __init__(self, not_before: Instant | None = None, wall: Callable[[], float] = time.time) -> None:
         anchor_ms = int(wall() * MS_PER_S)
         self._anchor_ms = anchor_ms if not_before is None else max(anchor_ms, not_before)
-        self._anchor_s = trio.current_time()
+        # `trio.current_time` asks this one, through two calls that look for it: 0.15 µs instead of 0.07 of each look,
+        # and every command looks at least twice.
+        self._current_time = trio.lowlevel.current_clock().current_time
+        self._anchor_s = self._current_time()
 
     def now(self) -> Instant:
         """The current instant, rounded down: a deadline in whole milliseconds has come exactly when it says so."""
-        return Instant(self._anchor_ms + int((trio.current_time() - self._anchor_s) * MS_PER_S))
+        return Instant(self._anchor_ms + int((self._current_time() - self._anchor_s) * MS_PER_S))
 
     def trio_time(self, instant: Instant) -> float:
         """When, on Trio's clock, `instant` comes (s)."""
