@@ -2,19 +2,24 @@
 
 It keeps two states. `committed` is what the ledger has said yes to, and the board shows it; `tentative` runs ahead by
 the parts that are still on their way. A part that fails takes everything decided on top of it along: the tentative
-state is made anew from the committed one, and what was asked is decided again.
+state falls back to the committed one, and what was asked is decided again.
 
     mailbox ──turn──> part (waiting) ──taken by the committer──> part (in flight) ──> settle | fail | miss
+
+Reserves are many and can be refused; what ends a hold is neither. So reserves leave a share of each part to expiries,
+purchases and cancels, and where the line is longer than what fits into the part, those pass it.
 
 No await between reading the state and changing it: `turn` and everything that the committer calls is synchronous.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
+import structlog
 import trio
 
+from engine.ahead import Ahead
 from engine.clock import Clock
 from engine.drop import Drop
 from engine.ledger import Change
@@ -31,6 +36,7 @@ from engine.model import (
     Instant,
     Outcome,
     Receipt,
+    RefusalCode,
     Refused,
     Reply,
     Reserve,
@@ -39,19 +45,23 @@ from engine.model import (
 )
 from engine.timer import Alarm
 
+log = structlog.get_logger()
+
+UNCHANGING = (Refused, Swept)
 GROWING = (Reserve, Create)  # commands that a database without room for new rows is not asked to take
+# 1/8 of a part and 1/10 of what may be in flight are kept from reserves: a purchase that waits for those means a
+# sale that was promised and is lost, a reserve that does is one among thousands that will be sold out anyway.
+PART_SHARE = 8
+IN_FLIGHT_SHARE = 10
 
 
-class Ask:
+class Ask(msgspec.Struct, gc=False):  # nothing that it refers to refers back to it
     """A command on its way: who wants to know, under which key, and what was decided."""
 
-    __slots__ = ("command", "outcome", "receipt", "reply")
-
-    def __init__(self, command: Command, reply: Reply, receipt: Receipt | None) -> None:
-        self.command = command
-        self.reply = reply
-        self.receipt = receipt
-        self.outcome: Outcome | None = None
+    command: Command
+    reply: Reply
+    receipt: Receipt | None
+    outcome: Outcome | None = None
 
 
 class Part:
@@ -67,19 +77,36 @@ class Part:
         self.receipts: list[StoredReceipt] = []
         self.asks: list[Ask] = []
 
+    @property
+    def size(self) -> int:
+        """What it adds to a batch."""
+        return max(len(self.events), len(self.receipts))
+
     def change(self) -> Change:
         return Change(self.actor.drop_id, self.epoch, self.from_seq, self.events, self.receipts)
 
 
 class Load:
-    """How many commands were asked and not answered yet, over all drops; at most `in_flight_max`."""
+    """How many commands were asked and not answered yet, over all drops; at most `in_flight_max`.
 
-    __slots__ = ("in_flight", "in_flight_max", "in_flight_peak")
+    Reserves are taken up to `reserve_max` only.
+    """
+
+    __slots__ = ("in_flight", "in_flight_max", "in_flight_peak", "reserve_max")
 
     def __init__(self, in_flight_max: int) -> None:
         self.in_flight = 0
         self.in_flight_max = in_flight_max
         self.in_flight_peak = 0
+        self.reserve_max = in_flight_max - in_flight_max // IN_FLIGHT_SHARE
+
+    def answer(self, ask: Ask, outcome: Outcome) -> None:
+        """Give the ask's place back, and tell its caller. A reply must not raise; one that does stops nobody."""
+        self.in_flight -= 1
+        try:
+            ask.reply(outcome)
+        except Exception as bug:
+            log.error("reply_raised", command=type(ask.command).__name__, reason=repr(bug), exc_info=bug)
 
 
 class Desk(Protocol):
@@ -117,19 +144,20 @@ class DropActor:
         clock: Clock,
         desk: Desk,
         load: Load,
-        publish: Callable[[DropId, Event], None],
+        publish: Callable[[DropId, Sequence[Event]], None],
         mailbox_max: int,
+        urgent_max: int,
         part_max: int,
     ) -> None:
         self.drop_id = drop.terms.id
         self.committed = drop
         self.epoch = epoch
-        self.mailbox: Mailbox[Ask] = Mailbox(mailbox_max)
+        self.mailbox: Mailbox[Ask] = Mailbox(mailbox_max, urgent_max)
         self.in_flight: Part | None = None
         self.fault: FaultCode | None = None  # set while this drop alone is out of service
         self.restarts = 0
         self.alarm: Alarm | None = None
-        self._tentative = drop.copy()
+        self._tentative = Ahead(drop)
         self._waiting: Part | None = None
         self._broken: Exception | None = None
         self._untold = 0  # holds expired since a `Sweep` waits that did not fit into the turn
@@ -138,6 +166,7 @@ class DropActor:
         self._load = load
         self._publish = publish
         self._part_max = part_max
+        self._reserve_max = part_max - part_max // PART_SHARE  # of a part, for what comes in line
         self._room = trio.lowlevel.ParkingLot()
         self._landed = trio.lowlevel.ParkingLot()
 
@@ -146,7 +175,7 @@ class DropActor:
     async def run(self) -> None:
         """Serve until cancelled, or until something that must not happen has happened: then raise that."""
         while True:
-            await self.mailbox.ready()
+            await self.mailbox.ready(urgent_only=self._room_in_line() <= 0)
             while self._broken is None and self._is_full():
                 await self._room.park()
             if self._broken is not None:
@@ -160,22 +189,26 @@ class DropActor:
         """
         fault = self._desk.fault
         if fault is not None:
-            self._answer_all(self.mailbox.take(len(self.mailbox)), Fault(fault))
+            self._answer_all(self.mailbox.take_all(), Fault(fault))
             return
         now = self._clock.now()
         expired = self._untold + self._sweep(now)
-        asks = self.mailbox.take(self._part_max - self._size())
+        asks = self.mailbox.take_urgent(self._part_max - self._size())
+        asks += self.mailbox.take(max(0, self._room_in_line() - len(asks)))
+        has_no_storage = self._desk.storage_full
         decided = 0
         try:
             for ask in asks:
-                if isinstance(self._decide(ask, now, expired), Swept):
+                if has_no_storage and isinstance(ask.command, GROWING):
+                    self._load.answer(ask, Fault(FaultCode.STORAGE_FULL))
+                elif isinstance(self._decide(ask, now, expired), Swept):
                     expired = 0  # told once
                 decided += 1
         finally:  # a bug must not leave its callers waiting
             self._answer_all(asks[decided:], Fault(FaultCode.RESTARTING))
         # A `Sweep` that had no room in this turn is told in its own what was expired for it in this one.
         self._untold = expired if len(self.mailbox) else 0
-        if len(self.mailbox) or self.is_due(now):
+        if self.is_due(now):
             self.mailbox.nudge()
         # Also while a part is on its way: what falls due meanwhile belongs in the very next batch.
         elif self.alarm is not None:
@@ -194,28 +227,27 @@ class DropActor:
             expired += isinstance(event, Expired)
         return expired
 
-    def _decide(self, ask: Ask, now: Instant, expired: int) -> Outcome:
-        if isinstance(ask.command, GROWING) and self._desk.storage_full:
-            return self._answer(ask, Fault(FaultCode.STORAGE_FULL))
+    def _decide(self, ask: Ask, now: Instant, expired: int) -> Decision:
         decision = self._tentative.decide(ask.command, now)
         if isinstance(decision, Swept):
             decision = Swept(expired, decision.seq)
         ask.outcome = decision
         # Before anything is changed: an answer that can't be rendered must not leave half a command behind.
         stored = None if ask.receipt is None else _stored(ask.receipt, decision, now)
-        if isinstance(decision, Refused | Swept):
+        if not isinstance(decision, UNCHANGING):
+            part = self._waiting or self._open_part()
+            self._tentative.apply(decision)
+            part.events.append(decision)
+            part.asks.append(ask)
+        else:
             rests_on = self._waiting or self.in_flight
             if stored is not None:
                 rests_on = self._open_part()
             # It changes nothing, but it may rest on what is not committed yet: then it is answered after that.
             if rests_on is None:
-                return self._answer(ask, decision)
-            rests_on.asks.append(ask)
-        else:
-            part = self._open_part()
-            self._tentative.apply(decision)
-            part.events.append(decision)
-            part.asks.append(ask)
+                self._load.answer(ask, decision)
+            else:
+                rests_on.asks.append(ask)
         if stored is not None:
             self._open_part().receipts.append(stored)
         return decision
@@ -233,6 +265,10 @@ class DropActor:
     def _is_full(self) -> bool:
         return self._size() >= self._part_max
 
+    def _room_in_line(self) -> int:
+        """How many more of the line the waiting part has room for."""
+        return self._reserve_max - self._size()
+
     # Called by the committer -------------------------------------------------------------------------
 
     def take_part(self) -> Part:
@@ -240,22 +276,20 @@ class DropActor:
         part = self._waiting
         assert part is not None, "there is no part to take"
         assert self.in_flight is None, "one part of a drop at a time"
-        self._waiting, self.in_flight = None, part
-        self._room.unpark_all()
+        self.in_flight = part
+        self._clear_waiting()
         return part
 
     def settle(self, part: Part) -> None:
-        """The part is committed: make it so, tell the world, answer its callers."""
+        """The part is committed: make it so, and tell the world. Its callers are the committer's to answer."""
         self._land(part)
         try:
             for event in part.events:
                 self.committed.apply(event)
-                self._publish(self.drop_id, event)
+            self._tentative.land(part.events)
+            self._publish(self.drop_id, part.events)
         except AssertionError as bug:
             self.break_down(bug)
-        for ask in part.asks:
-            assert ask.outcome is not None
-            self._answer(ask, ask.outcome)
 
     def fail(self, part: Part, code: FaultCode) -> None:
         """Nothing of the part was written: say so, and decide again what was decided on top of it."""
@@ -276,7 +310,7 @@ class DropActor:
         if self._waiting is not None:
             self._answer_all(self._drop_waiting(), Fault(code))
             self._reset_tentative()
-        self._answer_all(self.mailbox.take(len(self.mailbox)), Fault(code))
+        self._answer_all(self.mailbox.take_all(), Fault(code))
 
     def break_down(self, why: Exception) -> None:
         """Stop this drop, and no other: its supervisor reloads it from the ledger."""
@@ -295,15 +329,21 @@ class DropActor:
         self.mailbox.nudge()
 
     def _drop_waiting(self) -> list[Ask]:
-        part, self._waiting = self._waiting, None
+        part = self._waiting
         if part is None:
             return []
         self._desk.withdraw(part)
-        self._room.unpark_all()
+        self._clear_waiting()
         return part.asks
 
+    def _clear_waiting(self) -> None:
+        if self._room_in_line() <= 0:
+            self.mailbox.nudge()  # it listens to its side door alone
+        self._waiting = None
+        self._room.unpark_all()
+
     def _reset_tentative(self) -> None:
-        self._tentative = self.committed.copy()
+        self._tentative.fall_back()
         if self.in_flight is not None:
             for event in self.in_flight.events:
                 self._tentative.apply(event)
@@ -311,18 +351,42 @@ class DropActor:
     # Called by the registry --------------------------------------------------------------------------
 
     def ask(self, ask: Ask) -> None:
-        """Take a command.
+        """Take a command. Anything but a reserve passes the line where that is longer than the part has room for.
 
         Raises:
             MailboxFull: and it was not taken.
         """
-        self.mailbox.put_nowait(ask)
+        mailbox = self.mailbox
+        if type(ask.command) is Reserve or mailbox.in_line < min(self._room_in_line(), mailbox.waiting_max):
+            mailbox.put_nowait(ask)
+        else:
+            mailbox.put_urgent_nowait(ask)
+
+    def refused_at_once(self, command: Reserve) -> Refused | None:
+        """`OUT_OF_STOCK` where the committed state alone says so: no place in the queue, no turn, no commit.
+
+        True at the committed `seq`, at this instant, which lies between the question and its answer. Whatever anybody
+        was told of this drop has happened before: it is in the committed state (a caller is answered after `settle`).
+        What is on its way was told to nobody, so this refusal may come before it, whatever it does to the stock; but
+        where the tentative state has units again, the buyer had better queue for them. The same where something is
+        due: the sweep comes first.
+        """
+        qty = command.qty
+        if self.committed.available >= qty or self._tentative.available >= qty or self._broken is not None:
+            return None
+        now = self._clock.now()
+        if not self._tentative.is_settled(now):
+            return None
+        decision = self.committed.decide(command, now)
+        if isinstance(decision, Refused) and decision.code is RefusalCode.OUT_OF_STOCK:
+            return decision
+        return None
 
     def stop_serving(self, code: FaultCode) -> None:
         """Answer everything that was not sent with `code`, and everything to come until `resume`."""
         self.fault = code
         self._answer_all(self._drop_waiting(), Fault(code))
-        self._answer_all(self.mailbox.take(len(self.mailbox)), Fault(code))
+        self._answer_all(self.mailbox.take_all(), Fault(code))
 
     async def landed(self) -> None:
         """Wait until no part of this drop is on its way."""
@@ -334,7 +398,7 @@ class DropActor:
         assert self.in_flight is None
         assert self._waiting is None
         self.committed, self.epoch = drop, epoch
-        self._tentative = drop.copy()
+        self._tentative = Ahead(drop)
         self._broken = self.fault = None
         self.mailbox.nudge()
 
@@ -343,14 +407,9 @@ class DropActor:
 
     # Leaves ------------------------------------------------------------------------------------------
 
-    def _answer(self, ask: Ask, outcome: Outcome) -> Outcome:
-        self._load.in_flight -= 1
-        ask.reply(outcome)
-        return outcome
-
     def _answer_all(self, asks: Iterable[Ask], fault: Fault) -> None:
         for ask in asks:
-            self._answer(ask, fault)
+            self._load.answer(ask, fault)
 
     def is_due(self, now: Instant) -> bool:
         deadline = self._tentative.next_deadline()

@@ -30,8 +30,8 @@ class Board:
     def __init__(self) -> None:
         self._drops: dict[DropId, Drop] = {}
         self._newest_first: list[tuple[int, DropId]] = []  # (minus created_at, id) of the listed drops
-        # A tuple and not a dict for each user: nearly everybody holds in one drop, and this is 1/4 of the memory.
-        self._holds: dict[UserId, tuple[Hold, ...]] = {}
+        # Nearly everybody holds in one drop: that hold itself; a tuple of them only for who holds in several.
+        self._holds: dict[UserId, Hold | tuple[Hold, ...]] = {}
 
     def show(self, drop: Drop) -> None:
         """Put a drop's committed state on the board, in place of an earlier one."""
@@ -77,7 +77,7 @@ class Board:
     def holds_of(self, user_id: UserId) -> tuple[Hold, ...]:
         """The user's committed holds, oldest first. Some may have run out this instant: compare `expires_at`."""
         # Drops are loaded in any order, so their holds come in any order; nearly always there is one.
-        return tuple(sorted(self._holds.get(user_id, ()), key=lambda hold: hold.created_at))
+        return tuple(sorted(_each(self._holds.get(user_id)), key=lambda hold: hold.created_at))
 
     def _list(self, drop: Drop) -> None:
         if drop.status not in LISTED:
@@ -95,14 +95,20 @@ class Board:
             del self._newest_first[at]
 
     def _add_hold(self, hold: Hold) -> None:
-        self._holds[hold.user_id] = (*self._holds.get(hold.user_id, ()), hold)
+        others = self._holds.setdefault(hold.user_id, hold)
+        if others is not hold:
+            self._holds[hold.user_id] = (*_each(others), hold)
 
     def _remove_hold(self, hold: Hold) -> None:
-        left = tuple(other for other in self._holds.get(hold.user_id, ()) if other.id != hold.id)
+        left = tuple(other for other in _each(self._holds.pop(hold.user_id, None)) if other.id != hold.id)
         if left:
-            self._holds[hold.user_id] = left
-        else:
-            self._holds.pop(hold.user_id, None)
+            self._holds[hold.user_id] = left if len(left) > 1 else left[0]
+
+
+def _each(holds: Hold | tuple[Hold, ...] | None) -> tuple[Hold, ...]:
+    if holds is None:
+        return ()
+    return holds if isinstance(holds, tuple) else (holds,)
 
 
 def _listing_key(drop: Drop) -> tuple[int, DropId]:

@@ -1,9 +1,10 @@
 """The one task that writes: packs what waits, of all drops, into one batch, and answers after its commit.
 
 What arrived while the last commit ran is the next batch, up to a bound; there is no linger, so one caller alone waits
-for one commit. Batches commit in order, one at a time.
+for one commit. Batches commit in order, one at a time. The answers to a committed batch wait in the outbox until the
+next one is sent, and leave while the database works; an idle engine answers at once.
 
-    committed          settle: publish, answer, arm; no await in between
+    committed          settle: change what is shown, publish, put the answers into the outbox; no await in between
     rejected           nothing happened: each drop's part alone once more; then that drop pays for it, nobody else
     out of reach       nothing happened: everything not sent is refused until the ledger is back
     in doubt           it may have happened: the batch's drops stay frozen until the ledger told the truth
@@ -18,8 +19,8 @@ import msgspec
 import structlog
 import trio
 
-from engine.actor import GROWING, GuardMissed, Part
-from engine.ledger import Batch, InDoubt, Ledger, Rejected, Resolution, StorageFull, Unavailable
+from engine.actor import GROWING, Ask, GuardMissed, Load, Part
+from engine.ledger import Batch, InDoubt, Ledger, LedgerFault, Rejected, Resolution, StorageFull, Unavailable
 from engine.model import DropId, FaultCode
 
 log = structlog.get_logger()
@@ -27,6 +28,9 @@ log = structlog.get_logger()
 RETRY_S = 0.2  # between two looks at a ledger that is out of reach, and two writes to one without room
 # A database that had no room is not asked to take new rows again for so long: one probe a second costs nothing.
 STORAGE_FULL_S = 1.0
+# Answers that leave before other tasks have their turn again; each costs a `send`, about 5 µs. From 16 to all at once
+# made no difference to the throughput; 64 keep nobody else waiting for more than 0.4 ms.
+ANSWERS_AT_ONCE = 64
 
 
 class Outage(Protocol):
@@ -53,13 +57,16 @@ class CommitterStatistics(msgspec.Struct, frozen=True):
 class Committer:
     """`run` in a nursery; `submit` from actors. A commit that takes longer than `stall_s` counts as an outage."""
 
-    def __init__(self, ledger: Ledger, *, batch_max: int, stall_s: float) -> None:
+    def __init__(self, ledger: Ledger, load: Load, *, batch_max: int, stall_s: float) -> None:
         self.fault: FaultCode | None = None
         self.outage: Outage | None = None
         self._ledger = ledger
+        self._load = load
         self._batch_max = batch_max
         self._stall_s = stall_s
-        self._waiting: deque[Part] = deque()
+        self._waiting: list[Part] = []
+        self._outbox: deque[Ask] = deque()  # decided and committed; bounded, since each still counts as in flight
+        self._settled = trio.lowlevel.ParkingLot()
         self._work = trio.lowlevel.ParkingLot()
         self._idle = trio.lowlevel.ParkingLot()
         self._full_until = -math.inf
@@ -84,20 +91,17 @@ class Committer:
         self._waiting.remove(part)
 
     async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_for_stalls)
-            while True:
-                while not self._waiting:
-                    self._idle.unpark_all()
-                    await self._work.park()
-                if trio.current_time() < self._rest_until:
-                    await trio.sleep_until(self._rest_until)
-                    continue  # what waited may have been withdrawn meanwhile
-                await self._commit(self._take_batch(), alone_next=True)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_for_stalls)
+                nursery.start_soon(self._answer_in_slices)
+                await self._commit_batches()
+        finally:
+            self._answer(len(self._outbox))  # what is committed is told, whatever ends us
 
     async def idle(self) -> None:
-        """Wait until nothing waits and nothing is in flight."""
-        while self._waiting or self._sent_at is not None:
+        """Wait until nothing waits, nothing is in flight, and everybody is answered."""
+        while self._waiting or self._sent_at is not None or self._outbox:
             await self._idle.park()
 
     def statistics(self) -> CommitterStatistics:
@@ -112,19 +116,34 @@ class Committer:
             self.storage_full,
         )
 
+    async def _commit_batches(self) -> None:
+        while True:
+            while not self._waiting:
+                self._idle.unpark_all()
+                await self._work.park()
+            if trio.current_time() < self._rest_until:
+                await trio.sleep_until(self._rest_until)
+                continue  # what waited may have been withdrawn meanwhile
+            await self._commit(self._take_batch(), alone_next=True)
+
     def _take_batch(self) -> list[Part]:
-        """The oldest parts, up to `batch_max` events or receipts; births and other changes are never mixed."""
-        parts: list[Part] = []
-        size = 0
+        """What waits, up to `batch_max` events or receipts; births and other changes are never mixed.
+
+        Where not all fit: the oldest part, so that none waits for ever, and beside it the smallest. So a quiet drop's
+        buyer waits for the commit under way and for its own, however much the hot drops bring: as long as the others'
+        parts fit into `batch_max` less the part of one hot drop.
+        """
         is_birth = self._waiting[0].from_seq == 0
-        while self._waiting:
-            part = self._waiting[0]
-            part_size = max(len(part.events), len(part.receipts))
-            if parts and (size + part_size > self._batch_max or (part.from_seq == 0) != is_birth):
-                break
-            self._waiting.popleft()
-            parts.append(part.actor.take_part())
-            size += part_size
+        parts = [part for part in self._waiting if (part.from_seq == 0) == is_birth]
+        if sum(part.size for part in parts) > self._batch_max:
+            parts = _fitting([parts[0], *sorted(parts[1:], key=lambda part: part.size)], self._batch_max)
+        if len(parts) == len(self._waiting):
+            self._waiting.clear()
+        else:
+            taken = set(parts)
+            self._waiting = [part for part in self._waiting if part not in taken]
+        for part in parts:
+            part.actor.take_part()
         return parts
 
     async def _commit(self, parts: list[Part], *, alone_next: bool) -> None:
@@ -133,23 +152,9 @@ class Committer:
         self._sent.unpark_all()
         try:
             hit = await self._ledger.commit(batch)
-        except InDoubt as doubt:
-            self._in_doubt += 1
-            await self._resolve(parts, doubt)
-        except Unavailable as fault:
-            log.error("ledger_unavailable", reason=str(fault))
-            self._lose_ledger()
-            for part in parts:
-                part.actor.fail(part, FaultCode.UNAVAILABLE)
-            await self._find_ledger()
-        except Rejected as fault:
-            self._rejected += 1
-            self._sent_at = None
-            self._ledger_answered()  # it may have taken so long that it counted as an outage
-            if alone_next:
-                await self._commit_each_alone(parts)
-            else:
-                self._give_up(parts[0], fault)
+        except LedgerFault as fault:
+            self._answer(len(self._outbox))  # before anybody hears of the failure that came after
+            await self._mend(parts, fault, alone_next=alone_next)
         else:
             self._batches += 1
             self._events += sum(len(change.events) for change in batch)
@@ -163,13 +168,66 @@ class Committer:
         for part in parts:
             if part.actor.drop_id in hit:
                 part.actor.settle(part)
+                self._outbox.extend(part.asks)
             else:
+                self._answer(len(self._outbox))
                 self._guards_missed += 1
                 log.error("guard_missed", drop_id=part.actor.drop_id, epoch=part.epoch, from_seq=part.from_seq)
                 part.actor.break_down(GuardMissed(part.actor.drop_id))
                 part.actor.fail(part, FaultCode.RESTARTING)
+        self._let_answers_leave()
+
+    # The answers -------------------------------------------------------------------------------------
+
+    def _let_answers_leave(self) -> None:
+        """At once if the database has nothing to do anyway; otherwise as soon as it has.
+
+        With another batch waiting, our task goes on to send that without a break, and only then lets the other one
+        run. With 256 callers whose answers cost 5 µs each that gave a fourth more reserves per second on two cores.
+        """
+        if not self._waiting:
+            self._answer(ANSWERS_AT_ONCE)
+        if self._outbox:
+            self._settled.unpark_all()
+
+    async def _answer_in_slices(self) -> None:
+        while True:
+            while not self._outbox:
+                self._idle.unpark_all()
+                await self._settled.park()
+            self._answer(ANSWERS_AT_ONCE)
+            await trio.lowlevel.checkpoint()
+
+    def _answer(self, most: int) -> None:
+        """Answer the next `most` of the outbox, in the order in which they were decided."""
+        outbox, load = self._outbox, self._load
+        for _ in range(min(most, len(outbox))):
+            ask = outbox.popleft()
+            assert ask.outcome is not None
+            load.answer(ask, ask.outcome)
 
     # When it fails -----------------------------------------------------------------------------------
+
+    async def _mend(self, parts: list[Part], fault: LedgerFault, *, alone_next: bool) -> None:
+        match fault:
+            case InDoubt():
+                self._in_doubt += 1
+                await self._resolve(parts, fault)
+            case Rejected():
+                self._rejected += 1
+                self._sent_at = None
+                self._ledger_answered()  # it may have taken so long that it counted as an outage
+                if alone_next:
+                    await self._commit_each_alone(parts)
+                else:
+                    self._give_up(parts[0], fault)
+            case _:
+                assert isinstance(fault, Unavailable), fault
+                log.error("ledger_unavailable", reason=str(fault))
+                self._lose_ledger()
+                for part in parts:
+                    part.actor.fail(part, FaultCode.UNAVAILABLE)
+                await self._find_ledger()
 
     async def _commit_each_alone(self, parts: list[Part]) -> None:
         for part in parts:
@@ -208,11 +266,13 @@ class Committer:
                 part.actor.epoch = resolution.epoch
             if resolution.committed:
                 part.actor.settle(part)
+                self._outbox.extend(part.asks)
             else:
                 part.actor.fail(part, FaultCode.UNAVAILABLE)
             was_never_born = part.from_seq == 0 and not resolution.committed
             if resolution.epoch is None and not was_never_born and self.outage is not None:
                 self.outage.drop_lost(part.actor.drop_id)
+        self._answer(len(self._outbox))
         self._ledger_answered()
 
     async def _find_ledger(self) -> None:
@@ -252,3 +312,15 @@ class Committer:
             self.fault = None
             if self.outage is not None:
                 self.outage.ledger_found()
+
+
+def _fitting(parts: list[Part], size_max: int) -> list[Part]:
+    """The first of the parts, and the following ones as far as there is room."""
+    taken = [parts[0]]
+    size = parts[0].size
+    for part in parts[1:]:
+        size += part.size
+        if size > size_max:
+            break
+        taken.append(part)
+    return taken

@@ -14,9 +14,15 @@
 
 `decide` and `due` read; `apply` is the only thing that changes a drop. A broken rule is an AssertionError: it stops
 this drop, and nothing else.
+
+The rules are written once (`Rules`), for two ways of keeping who holds what: `Drop` keeps all of it; `engine.ahead`
+runs ahead of a `Drop` by the changes that are on their way to the ledger, and keeps those alone.
 """
 
 import heapq
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import assert_never
 
 from engine.model import (
@@ -59,61 +65,112 @@ PURCHASE_REFUSALS = {
 }
 
 
-class Drop:
-    """One drop's state: its terms, its counts, its holds, and how each user's newest reservation ended."""
+Ending = Purchased | Cancelled | Expired
+
+
+class Deadlines:
+    """Which hold runs out next; at one instant in the order in which they were taken.
+
+    Holds nearly always last equally long, so they run out as they were taken: a queue, at 8 bytes a hold instead of a
+    heap's 120. A heap has only those that run out before another that was taken earlier.
+
+    Holds that ended early stay behind; each is dropped when its turn comes, or in a clean-out.
+    """
+
+    __slots__ = ("_heap", "_latest", "_number", "_queue")
+
+    def __init__(self, holds: Iterable[Hold]) -> None:
+        self._queue = deque(sorted(holds, key=lambda hold: hold.expires_at))  # stable
+        self._heap: list[tuple[Instant, int, Hold]] = []
+        self._number = 0  # of the heap's entries, so that holds themselves are never compared
+        # Never falls, so that of two that run out together the queue's is always the one that was taken first.
+        self._latest = self._queue[-1].expires_at if self._queue else 0
+
+    def push(self, hold: Hold) -> None:
+        if hold.expires_at >= self._latest:
+            self._latest = hold.expires_at
+            self._queue.append(hold)
+        else:
+            self._number += 1
+            heapq.heappush(self._heap, (hold.expires_at, self._number, hold))
+
+    def push_back(self, holds: Sequence[Hold]) -> None:
+        """Return holds that were popped, sorted by deadline."""
+        queue = self._queue
+        for hold in reversed(holds):
+            if not queue or hold.expires_at <= queue[0].expires_at:
+                queue.appendleft(hold)
+            else:
+                self.push(hold)
+
+    def first(self) -> Hold | None:
+        queue, heap = self._queue, self._heap
+        if heap and (not queue or heap[0][0] < queue[0].expires_at):
+            return heap[0][2]
+        return queue[0] if queue else None
+
+    def pop(self) -> None:
+        """Drop the first."""
+        if self._queue and self.first() is self._queue[0]:
+            self._queue.popleft()
+        else:
+            heapq.heappop(self._heap)
+
+    def is_littered(self, active: int) -> bool:
+        return len(self) > 64 + 2 * active
+
+    def clean_out(self, may_count: Callable[[Hold], bool]) -> None:
+        """Drop holds that are over. Called when littered, it is O(1) for each that ended."""
+        self._queue = deque(filter(may_count, self._queue))
+        self._heap = [entry for entry in self._heap if may_count(entry[2])]
+        heapq.heapify(self._heap)
+
+    def __len__(self) -> int:
+        return len(self._queue) + len(self._heap)
+
+
+class Rules(ABC):
+    """What may happen to a drop, what happens, what is due; with its terms and its counts."""
 
     __slots__ = (
         "_deadlines",
         "available",
         "held",
-        "holds",
         "latest_purchases",
-        "newest_ended",
         "seq",
         "sold",
         "status",
         "terms",
     )
 
-    def __init__(self, terms: Terms, status: DropStatus) -> None:
-        """A drop that is about to be born: `apply` of its `DropCreated` makes it exist."""
-        self.terms = terms
-        self.status = status
-        self.available = terms.total_stock
-        self.held = 0
-        self.sold = 0
-        self.seq = 0
-        self.holds: dict[UserId, Hold] = {}
-        self.newest_ended: dict[UserId, ReservationStatus] = {}
-        self.latest_purchases: tuple[LatestPurchase, ...] = ()
-        self._deadlines: list[tuple[Instant, int, Hold]] = []
+    terms: Terms
+    status: DropStatus
+    available: int
+    held: int
+    sold: int
+    seq: int
+    latest_purchases: tuple[LatestPurchase, ...]
+    _deadlines: Deadlines | None  # None: the state that runs ahead of this one keeps them
 
-    @classmethod
-    def restored(cls, record: DropRecord) -> "Drop":
-        """The drop as the ledger has it; an AssertionError where its counts contradict its rows."""
-        drop = cls(record.terms, record.status)
-        drop.available = record.available_stock
-        drop.held = record.held_count
-        drop.sold = record.sold_count
-        drop.seq = record.seq
-        drop.holds = {hold.user_id: hold for hold in record.holds}
-        drop.newest_ended = dict(record.newest_ended)
-        drop.latest_purchases = record.latest_purchases
-        drop._deadlines = _deadlines_of(drop.holds)
-        assert len(drop.holds) == len(record.holds), "two active holds of one user"
-        assert sum(hold.qty for hold in record.holds) == drop.held, "held_count is not the sum of the active holds"
-        drop._assert_conserved()
-        return drop
+    # How holds are kept ------------------------------------------------------------------------------
 
-    def copy(self) -> "Drop":
-        """The same state, to be changed on its own. Holds and events are immutable and shared."""
-        twin = Drop(self.terms, self.status)
-        twin.available, twin.held, twin.sold, twin.seq = self.available, self.held, self.sold, self.seq
-        twin.holds = dict(self.holds)
-        twin.newest_ended = dict(self.newest_ended)
-        twin.latest_purchases = self.latest_purchases
-        twin._deadlines = _deadlines_of(twin.holds)
-        return twin
+    @abstractmethod
+    def hold_of(self, user_id: UserId) -> Hold | None:
+        """The user's active hold."""
+
+    @abstractmethod
+    def ended_of(self, user_id: UserId) -> ReservationStatus | None:
+        """How the newest reservation of a user without an active one ended."""
+
+    @abstractmethod
+    def _take(self, event: Reserved) -> None: ...
+
+    @abstractmethod
+    def _end(self, event: Ending, status: ReservationStatus) -> None: ...
+
+    @abstractmethod
+    def _set_aside(self, hold: Hold) -> None:
+        """It has left the deadlines, since it is not active here."""
 
     # Reading -----------------------------------------------------------------------------------------
 
@@ -139,29 +196,28 @@ class Drop:
         In the order of deadlines; at one instant the drop's own clock comes before its holds, and these in the
         order in which they were taken.
         """
-        hold_at = self._next_expiry()
-        clock_at = self._next_clock()
-        if clock_at is not None and clock_at <= now and (hold_at is None or clock_at <= hold_at):
+        hold = self._next_to_expire()
+        clock_at = self.next_clock()
+        if clock_at is not None and clock_at <= now and (hold is None or clock_at <= hold.expires_at):
             status = DropStatus.LIVE if self.status is DropStatus.SCHEDULED else DropStatus.ENDED
             return DropUpdated(self.seq + 1, now, status)
-        if hold_at is not None and hold_at <= now:
-            hold = self._deadlines[0][2]
+        if hold is not None and hold.expires_at <= now:
             return Expired(self.seq + 1, now, hold, self.available + hold.qty)
         return None
 
     def next_deadline(self) -> Instant | None:
         """When something is due next, or None: then nothing happens by itself."""
-        hold_at = self._next_expiry()
-        clock_at = self._next_clock()
-        if hold_at is None or clock_at is None:
-            return clock_at if hold_at is None else hold_at
-        return min(hold_at, clock_at)
+        hold = self._next_to_expire()
+        clock_at = self.next_clock()
+        if hold is None or clock_at is None:
+            return clock_at if hold is None else hold.expires_at
+        return min(hold.expires_at, clock_at)
 
     def _decide_reserve(self, command: Reserve, now: Instant) -> Reserved | Refused:
         # The order of these checks is the contract's: found, active, already reserved, stock.
         if self.status is not DropStatus.LIVE:
             return Refused(RefusalCode.DROP_NOT_ACTIVE, self.seq)
-        if command.user_id in self.holds:
+        if self.hold_of(command.user_id) is not None:
             return Refused(RefusalCode.ALREADY_RESERVED, self.seq)
         if self.available < command.qty:
             return Refused(RefusalCode.OUT_OF_STOCK, self.seq)
@@ -178,35 +234,38 @@ class Drop:
         return Reserved(self.seq + 1, now, hold, self.available - command.qty)
 
     def _decide_purchase(self, command: Purchase, now: Instant) -> Purchased | Refused:
-        hold = self.holds.get(command.user_id)
+        hold = self.hold_of(command.user_id)
         if hold is None:
-            return Refused(PURCHASE_REFUSALS[self.newest_ended.get(command.user_id)], self.seq)
+            return Refused(PURCHASE_REFUSALS[self.ended_of(command.user_id)], self.seq)
         # Its own look at the deadline, whatever the sweep did: rule 2.
         if now >= hold.expires_at:
             return Refused(RefusalCode.RESERVATION_EXPIRED, self.seq)
         return Purchased(self.seq + 1, now, hold, command.purchase_id, command.username, self.available)
 
     def _decide_cancel(self, command: Cancel, now: Instant) -> Cancelled | Refused:
-        hold = self.holds.get(command.user_id)
+        hold = self.hold_of(command.user_id)
         if hold is None or hold.id != command.reservation_id:
             return Refused(RefusalCode.RESERVATION_NOT_FOUND, self.seq)  # not among the active ones
         if now >= hold.expires_at:
             return Refused(RefusalCode.RESERVATION_EXPIRED, self.seq)
         return Cancelled(self.seq + 1, now, hold, self.available + hold.qty)
 
-    def _next_clock(self) -> Instant | None:
+    def next_clock(self) -> Instant | None:
+        """When the drop's own clock moves its status next."""
         if self.seq == 0:
             return None  # not born yet: a start or an end that passes meanwhile comes after `DropCreated`
         if self.status is DropStatus.SCHEDULED:
             return self.terms.starts_at
         return self.terms.ends_at if self.status in ENDING else None
 
-    def _next_expiry(self) -> Instant | None:
-        deadlines, holds = self._deadlines, self.holds
-        # Holds that ended early leave their entry behind; it is dropped when its turn comes.
-        while deadlines and holds.get(deadlines[0][2].user_id) is not deadlines[0][2]:
-            heapq.heappop(deadlines)
-        return deadlines[0][0] if deadlines else None
+    def _next_to_expire(self) -> Hold | None:
+        assert self._deadlines is not None, "ask the state that runs ahead"
+        while (hold := self._deadlines.first()) is not None:
+            if self.hold_of(hold.user_id) is hold:
+                return hold
+            self._deadlines.pop()
+            self._set_aside(hold)
+        return None
 
     # Changing ----------------------------------------------------------------------------------------
 
@@ -215,23 +274,22 @@ class Drop:
         assert event.seq == self.seq + 1, f"event {event.seq} does not follow {self.seq}"
         match event:
             case Reserved(hold=hold):
-                assert hold.user_id not in self.holds, "a second active hold of one user"
-                self.holds[hold.user_id] = hold
-                heapq.heappush(self._deadlines, (hold.expires_at, event.seq, hold))
+                assert self.hold_of(hold.user_id) is None, "a second active hold of one user"
+                self._take(event)
                 self.available -= hold.qty
                 self.held += hold.qty
             case Purchased(hold=hold):
                 assert event.at < hold.expires_at, "bought at or after its deadline"
-                self._end(hold, ReservationStatus.CONSUMED)
+                self._end_active(event, ReservationStatus.CONSUMED)
                 self.sold += hold.qty
                 line = LatestPurchase(hold.user_id, event.username, hold.qty, event.at)
                 self.latest_purchases = (line, *self.latest_purchases[: FEED_LENGTH - 1])
             case Cancelled(hold=hold):
-                self._end(hold, ReservationStatus.CANCELLED)
+                self._end_active(event, ReservationStatus.CANCELLED)
                 self.available += hold.qty
             case Expired(hold=hold):
                 assert event.at >= hold.expires_at, "expired before its deadline"
-                self._end(hold, ReservationStatus.EXPIRED)
+                self._end_active(event, ReservationStatus.EXPIRED)
                 self.available += hold.qty
             case DropUpdated(status=status):
                 self.status = status
@@ -242,24 +300,76 @@ class Drop:
         self.seq = event.seq
         self._assert_conserved()
 
-    def _end(self, hold: Hold, status: ReservationStatus) -> None:
-        assert self.holds.get(hold.user_id) == hold, "no such active hold"
-        del self.holds[hold.user_id]
-        self.newest_ended[hold.user_id] = status
+    def _end_active(self, event: Ending, status: ReservationStatus) -> None:
+        hold = event.hold
+        assert self.hold_of(hold.user_id) == hold, "no such active hold"
+        self._end(event, status)
         self.held -= hold.qty
-        # Entries of holds that ended early may pile up; past twice the live ones they are swept out (amortised O(1)).
-        if len(self._deadlines) > 64 + 2 * len(self.holds):
-            self._deadlines = _deadlines_of(self.holds)
 
     def _assert_conserved(self) -> None:
-        total = self.terms.total_stock
         assert self.available >= 0, "negative stock"
         assert self.held >= 0, "negative holds"
-        assert self.available + self.held + self.sold == total, "units appeared or vanished"
+        assert self.available + self.held + self.sold == self.terms.total_stock, "units appeared or vanished"
 
 
-def _deadlines_of(holds: dict[UserId, Hold]) -> list[tuple[Instant, int, Hold]]:
-    # Sorted is a heap. Holds of one instant keep the order in which they were taken (dicts remember it): the
-    # index stands in for the seq, and stays below every seq to come only among equals, which is all that counts.
-    ordered = sorted(holds.values(), key=lambda hold: hold.expires_at)
-    return [(hold.expires_at, index - len(ordered), hold) for index, hold in enumerate(ordered)]
+class Drop(Rules):
+    """One drop's state: its terms, its counts, its holds, and how each user's newest reservation ended."""
+
+    __slots__ = ("holds", "newest_ended")
+
+    def __init__(self, terms: Terms, status: DropStatus) -> None:
+        """A drop that is about to be born: `apply` of its `DropCreated` makes it exist."""
+        self.terms = terms
+        self.status = status
+        self.available = terms.total_stock
+        self.held = 0
+        self.sold = 0
+        self.seq = 0
+        self.holds: dict[UserId, Hold] = {}
+        self.newest_ended: dict[UserId, ReservationStatus] = {}
+        self.latest_purchases = ()
+        self._deadlines = Deadlines(())
+
+    @classmethod
+    def restored(cls, record: DropRecord) -> "Drop":
+        """The drop as the ledger has it; an AssertionError where its counts contradict its rows."""
+        drop = cls(record.terms, record.status)
+        drop.available = record.available_stock
+        drop.held = record.held_count
+        drop.sold = record.sold_count
+        drop.seq = record.seq
+        drop.holds = {hold.user_id: hold for hold in record.holds}
+        drop.newest_ended = dict(record.newest_ended)
+        drop.latest_purchases = record.latest_purchases
+        drop._deadlines = Deadlines(record.holds)
+        assert len(drop.holds) == len(record.holds), "two active holds of one user"
+        assert sum(hold.qty for hold in record.holds) == drop.held, "held_count is not the sum of the active holds"
+        drop._assert_conserved()
+        return drop
+
+    def hold_of(self, user_id: UserId) -> Hold | None:
+        return self.holds.get(user_id)
+
+    def ended_of(self, user_id: UserId) -> ReservationStatus | None:
+        return self.newest_ended.get(user_id)
+
+    def hand_over_deadlines(self) -> Deadlines:
+        """From now on somebody else says what is due, who knows of later changes than this."""
+        deadlines, self._deadlines = self._deadlines, None
+        assert deadlines is not None, "one state runs ahead of it already"
+        return deadlines
+
+    def _take(self, event: Reserved) -> None:
+        self.holds[event.hold.user_id] = event.hold
+        if self._deadlines is not None:
+            self._deadlines.push(event.hold)
+
+    def _end(self, event: Ending, status: ReservationStatus) -> None:
+        del self.holds[event.hold.user_id]
+        self.newest_ended[event.hold.user_id] = status
+        deadlines, holds = self._deadlines, self.holds
+        if deadlines is not None and deadlines.is_littered(len(holds)):
+            deadlines.clean_out(lambda hold: holds.get(hold.user_id) is hold)
+
+    def _set_aside(self, hold: Hold) -> None:
+        pass  # over is over

@@ -4,7 +4,7 @@ Called between the commit and the answers to its callers, without an await: a su
 block and must not raise. The board is one; the live feed will be another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engine.model import DropId, Event
 
@@ -19,7 +19,9 @@ class Publisher:
     def subscribe(self, subscriber: Subscriber) -> None:
         self._subscribers.append(subscriber)
 
-    def publish(self, drop_id: DropId, event: Event) -> None:
-        self.published += 1
+    def publish(self, drop_id: DropId, events: Sequence[Event]) -> None:
+        """One drop's events of one commit."""
+        self.published += len(events)
         for subscriber in self._subscribers:
-            subscriber(drop_id, event)
+            for event in events:
+                subscriber(drop_id, event)

@@ -4,7 +4,7 @@
 the ledger and goes on, and no other drop notices; one that another engine took over is let go.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -32,6 +32,7 @@ from engine.model import (
     RefusalCode,
     Refused,
     Reply,
+    Reserve,
     Sweep,
     Swept,
 )
@@ -47,15 +48,21 @@ RESTART_MAX_S = 10.0
 class Limits(msgspec.Struct, frozen=True):
     """The engine's bounds.
 
-    `in_flight_max`: commands asked and not answered, over all drops. `mailbox_max`: of these, waiting for one drop.
-    `part_max`: what one drop adds to one batch. `batch_max`: events or receipts of one commit. `stall_s`: a commit
-    that takes longer counts as an outage. `answer_s`: how long `call` waits for an outcome.
+    `in_flight_max`: commands asked and not answered, over all drops; reserves get 9/10 of it. `mailbox_max`: of these,
+    waiting in line for one drop; `urgent_max`: and at its side door, where all but reserves pass a line that is too
+    long. `part_max`: what one drop adds to one batch; reserves get 7/8 of it. `batch_max`: events or receipts of one
+    commit. `stall_s`: a commit that takes longer counts as an outage. `answer_s`: how long `call` waits for an outcome.
+
+    Beyond each of them a command is `OVERLOADED`, at once; nothing else queues anywhere in the engine: at most two
+    parts of a drop exist, and an answer that waits to leave counts as in flight.
     """
 
     in_flight_max: int = 20_000
     mailbox_max: int = 8_192
+    urgent_max: int = 1_024
     part_max: int = 512
-    batch_max: int = 1_024
+    # 1,536 - 512: a thousand quiet drops with a buyer each never wait for a hot one (`Committer._take_batch`).
+    batch_max: int = 1_536
     stall_s: float = 0.9
     answer_s: float = 5.0
 
@@ -80,6 +87,7 @@ class Registry:
         committer: Committer,
         timer: Timer,
         publisher: Publisher,
+        load: Load,
         limits: Limits,
     ) -> None:
         self.board = Board()
@@ -91,7 +99,7 @@ class Registry:
         self._timer = timer
         self._publisher = publisher
         self._limits = limits
-        self._load = Load(limits.in_flight_max)
+        self._load = load
         self._actors: dict[DropId, DropActor] = {}
         self._scopes: dict[DropId, trio.CancelScope] = {}
         self._out_of_service: dict[DropId, FaultCode] = {}
@@ -104,19 +112,27 @@ class Registry:
     def ask(self, drop_id: DropId, command: Command, reply: Reply, receipt: Receipt | None = None) -> None:
         """Hand a command to its drop; `reply` is called once, maybe before this returns, maybe long after."""
         actor = self._actors.get(drop_id)
-        refusal = self._refusal(drop_id, actor)
-        if refusal is not None:
-            reply(refusal)
+        if actor is None or self.fault or self._committer.fault or actor.fault:
+            reply(self._refusal(drop_id, actor))
             return
-        assert actor is not None
         load = self._load
+        in_flight_max = load.in_flight_max
+        if type(command) is Reserve:
+            if receipt is None and (refused := actor.refused_at_once(command)) is not None:
+                reply(refused)
+                return
+            in_flight_max = load.reserve_max
+        if load.in_flight >= in_flight_max:
+            reply(Fault(FaultCode.OVERLOADED))
+            return
         try:
             actor.ask(Ask(command, reply, receipt))
         except MailboxFull:
             reply(Fault(FaultCode.OVERLOADED))
             return
         load.in_flight += 1
-        load.in_flight_peak = max(load.in_flight, load.in_flight_peak)
+        if load.in_flight > load.in_flight_peak:
+            load.in_flight_peak = load.in_flight
 
     def create(self, command: Create, reply: Reply, receipt: Receipt | None = None) -> None:
         """Bring a drop into the world; like `ask`. Nobody sees it before its commit."""
@@ -199,18 +215,12 @@ class Registry:
             self._timer.statistics(),
         )
 
-    def _refusal(self, drop_id: DropId, actor: DropActor | None) -> Fault | Refused | None:
+    def _refusal(self, drop_id: DropId, actor: DropActor | None) -> Fault | Refused:
+        """Why no command can be taken now."""
         fault = self.fault or self._committer.fault
-        if fault is not None:
-            return Fault(fault)
-        if actor is None:
-            out = self._out_of_service.get(drop_id)
-            return Refused(RefusalCode.DROP_NOT_FOUND, 0) if out is None else Fault(out)
-        if actor.fault is not None:
-            return Fault(actor.fault)
-        if self._load.in_flight >= self._load.in_flight_max:
-            return Fault(FaultCode.OVERLOADED)
-        return None
+        if fault is None:
+            fault = self._out_of_service.get(drop_id) if actor is None else actor.fault
+        return Refused(RefusalCode.DROP_NOT_FOUND, 0) if fault is None else Fault(fault)
 
     def _knows(self, drop_id: DropId) -> bool:
         return drop_id in self._actors or drop_id in self._out_of_service
@@ -257,6 +267,7 @@ class Registry:
             load=self._load,
             publish=self._publish,
             mailbox_max=self._limits.mailbox_max,
+            urgent_max=self._limits.urgent_max,
             part_max=self._limits.part_max,
         )
         actor.alarm = self._timer.alarm(actor.mailbox.nudge)
@@ -266,12 +277,14 @@ class Registry:
         actor.mailbox.nudge()
         self._nursery.start_soon(self._supervise, actor)
 
-    def _publish(self, drop_id: DropId, event: Event) -> None:
-        if isinstance(event, DropCreated):
+    def _publish(self, drop_id: DropId, events: Sequence[Event]) -> None:
+        """A part's events, all of which are in the drop's committed state already."""
+        if events and isinstance(events[0], DropCreated):
             self.board.show(self._actors[drop_id].committed)
         else:
-            self.board.committed(drop_id, event)
-        self._publisher.publish(drop_id, event)
+            for event in events:
+                self.board.committed(drop_id, event)
+        self._publisher.publish(drop_id, events)
 
     def _retire(self, drop_id: DropId) -> None:
         """End a drop's actor here: it was never born, or belongs to another engine."""
@@ -370,9 +383,10 @@ async def running(
         Unavailable: the ledger is out of reach; ask again.
     """
     limits = limits or Limits()
-    committer = Committer(ledger, batch_max=limits.batch_max, stall_s=limits.stall_s)
+    load = Load(limits.in_flight_max)
+    committer = Committer(ledger, load, batch_max=limits.batch_max, stall_s=limits.stall_s)
     timer = Timer(clock)
-    registry = Registry(ledger, clock, committer, timer, publisher, limits)
+    registry = Registry(ledger, clock, committer, timer, publisher, load, limits)
     committer.outage = registry
     # Every drop that can still change by itself. Before the nurseries: a failure comes out as it is, not in a group.
     records = await ledger.take_over(None)
@@ -381,6 +395,7 @@ async def running(
         async with trio.open_nursery() as acting:
             acting.start_soon(timer.run)
             registry.open(acting, records)
+            del records  # this frame lives as long as the engine, and a million holds are 8 MB of list
             try:
                 yield registry
             finally:

@@ -4,7 +4,7 @@ Callers ask the registry directly, and again as soon as they are answered, witho
 mailbox, decision, batch, commit and answer are what is measured. The second figure runs on a ledger that says yes to
 everything: what the engine itself costs. PostgreSQL runs with fsync on and shares the machine's cores.
 
-    python -m tests.bench.engine [--callers 256] [--drops 1] [--rounds 5] [--seconds 2]
+    python -m tests.bench.engine [--callers 256] [--drops 1] [--rounds 5] [--seconds 2] [--answer-us 5]
 """
 
 import argparse
@@ -60,6 +60,7 @@ def main() -> None:
     options.add_argument("--drops", type=int, default=1)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--seconds", type=float, default=2.0)
+    options.add_argument("--answer-us", type=float, default=0.0, help="what each answer costs; a send is about 5")
     asked = options.parse_args()
     temporary = tempfile.TemporaryDirectory(prefix="holdfast-bench-")
     with temporary as directory, postgres_running(Path(directory)) as postgres:
@@ -96,6 +97,7 @@ async def _round(ledger: Ledger, asked: argparse.Namespace) -> Round:
     async with running(ledger, clock, Publisher()) as registry:
         drops = [await _new_drop(registry, clock) for _ in range(asked.drops)]
         ids = IdSource(clock.now)
+        answer_s = asked.answer_us / 1e6
         done = 0
         is_over = False
 
@@ -108,6 +110,10 @@ async def _round(ledger: Ledger, asked: argparse.Namespace) -> Round:
                 nonlocal done
                 assert isinstance(outcome, Reserved), outcome
                 done += 1
+                if answer_s:
+                    until = time.perf_counter() + answer_s
+                    while time.perf_counter() < until:
+                        pass
                 if not is_over:
                     ask()
 

@@ -1,6 +1,6 @@
 """Short makers of the domain's words for the engine's tests. Instants are small: at 0 a drop is made."""
 
-from engine.drop import Drop
+from engine.drop import Drop, Rules
 from engine.model import (
     Cancel,
     Command,
@@ -75,7 +75,7 @@ def cancel(user: UserId, name: str = "") -> Cancel:
     return Cancel(user, ReservationId(name or user))
 
 
-def sweep(drop: Drop, now: int) -> list[Event]:
+def sweep(drop: Rules, now: int) -> list[Event]:
     """Apply everything that is due, as an actor does before it decides."""
     swept: list[Event] = []
     while (event := drop.due(at(now))) is not None:
@@ -84,7 +84,7 @@ def sweep(drop: Drop, now: int) -> list[Event]:
     return swept
 
 
-def play(drop: Drop, command: Command, now: int) -> Decision:
+def play(drop: Rules, command: Command, now: int) -> Decision:
     """Sweep, decide, apply: what an actor does with one command."""
     sweep(drop, now)
     decision = drop.decide(command, at(now))
@@ -93,7 +93,7 @@ def play(drop: Drop, command: Command, now: int) -> Decision:
     return decision
 
 
-def counts(drop: Drop) -> tuple[int, int, int]:
+def counts(drop: Rules) -> tuple[int, int, int]:
     """(available, held, sold)"""
     return drop.available, drop.held, drop.sold
 

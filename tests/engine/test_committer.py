@@ -3,12 +3,15 @@
 A commit takes 100 ms: its effect is in the tables after 50, its answer is back after 100.
 """
 
+from collections.abc import MutableMapping
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from engine.clock import Clock
 from engine.ledger import Change
 from engine.model import (
     Create,
@@ -20,6 +23,7 @@ from engine.model import (
     Fault,
     FaultCode,
     Hold,
+    Outcome,
     Purchased,
     Receipt,
     RefusalCode,
@@ -29,10 +33,11 @@ from engine.model import (
     StoredAnswer,
     UserId,
 )
-from engine.registry import Limits
+from engine.publisher import Publisher
+from engine.registry import Limits, running
 from tests.engine.making import ANN, BEN, CAT, DROP, at, cancel, purchase, reserve, terms
-from tests.engine.stage import PickyLedger, Stage, has_no_room_for_rows, rejects_drop, stage
-from tests.fakes import Trouble
+from tests.engine.stage import COMMIT_S, PickyLedger, Stage, has_no_room_for_rows, rejects_drop, stage
+from tests.fakes import MemoryLedger, Trouble
 
 OTHER = DropId("drop-2")
 
@@ -154,6 +159,94 @@ async def test_reserve_purchase_and_reserve_again_in_one_batch(autojump_clock: M
         assert isinstance(bought.outcome, Purchased)
         assert isinstance(second.outcome, Reserved)
         assert on.counts() == (0, 1, 1)
+
+
+# The answers --------------------------------------------------------------------------------------------
+
+
+async def test_answers_leave_when_the_next_batch_is_sent(autojump_clock: MockClock) -> None:
+    async with stage() as on:
+        await on.make_drop(total=9)
+        sent = len(on.ledger.commits)
+        seen: list[int] = []
+        on.registry.ask(DROP, reserve(ANN), lambda _: seen.append(len(on.ledger.commits) - sent))
+        await trio.sleep(0.01)
+        on.ask(reserve(BEN))  # waits while the first is committed
+        await trio.sleep(0.1)
+        assert seen == [2]
+
+
+async def test_answers_leave_in_the_order_of_decisions_whatever_is_under_way(autojump_clock: MockClock) -> None:
+    async with stage(limits=Limits(part_max=150)) as on:
+        await on.make_drop(total=2_000)
+        seqs: list[int] = []
+
+        def answered(outcome: Outcome) -> None:
+            assert isinstance(outcome, Reserved)
+            seqs.append(outcome.seq)
+
+        for number in range(1_000):
+            on.registry.ask(DROP, reserve(UserId(f"user-{number}")), answered)
+            if number % 70 == 0:
+                await trio.sleep(0.03)
+        await trio.sleep(2)
+        assert seqs == list(range(2, 1_002))
+
+
+async def test_an_engine_is_quiet_only_when_everybody_is_answered(autojump_clock: MockClock) -> None:
+    async with stage() as on:
+        await on.make_drop(total=2_000)
+        answers = [on.ask(reserve(UserId(f"user-{number}"))) for number in range(1_000)]
+        await on.registry.quiet()
+        assert all(isinstance(answer.outcome, Reserved) for answer in answers)
+        assert on.in_flight == 0
+
+
+async def test_a_reply_that_raises_stops_nobody_and_is_logged(
+    autojump_clock: MockClock, logged: list[MutableMapping[str, Any]]
+) -> None:
+    def broken(outcome: Outcome) -> None:
+        raise RuntimeError("no such socket")
+
+    async with stage() as on:
+        await on.make_drop(total=9)
+        on.registry.ask(DROP, reserve(ANN), broken)
+        ben = on.ask(reserve(BEN))
+        await trio.sleep(1)
+        assert isinstance(ben.outcome, Reserved)
+        cat = on.ask(reserve(CAT))
+        await trio.sleep(1)
+        assert isinstance(cat.outcome, Reserved)
+        assert on.in_flight == 0
+    assert [line["command"] for line in logged if line["event"] == "reply_raised"] == ["Reserve"]
+
+
+@pytest.mark.parametrize("is_busy", [True, False], ids=["another batch waits", "nothing waits"])
+async def test_who_was_committed_is_answered_though_the_engine_is_cancelled_at_that_instant(
+    autojump_clock: MockClock, is_busy: bool
+) -> None:
+    ledger = MemoryLedger(latency_s=COMMIT_S)
+    publisher = Publisher()
+    outcomes: list[Outcome] = []
+    told: list[Event] = []
+    with trio.CancelScope() as scope:
+        async with running(ledger, Clock(wall=lambda: 0.0), publisher) as registry:
+            create = Create(terms(5_000), DropStatus.LIVE)
+            await registry.wait_for(lambda reply: registry.create(create, reply))
+
+            def on_published(drop_id: DropId, event: Event) -> None:
+                told.append(event)
+                scope.cancel()
+
+            publisher.subscribe(on_published)
+            for number in range(400):
+                registry.ask(DROP, reserve(UserId(f"user-{number}")), outcomes.append)
+            await trio.sleep(0.01)
+            for number in range(400, 500 if is_busy else 400):
+                registry.ask(DROP, reserve(UserId(f"user-{number}")), outcomes.append)
+            await trio.sleep_forever()
+    assert len(told) == 400
+    assert outcomes == told
 
 
 # Refusals -----------------------------------------------------------------------------------------------
@@ -491,7 +584,7 @@ async def test_a_commit_in_doubt_is_resolved_and_its_waiter_told_the_truth(
         if is_there:
             assert isinstance(ann.outcome, Reserved)
             assert on.counts() == (0, 1, 0)
-            assert on.ask(reserve(BEN, "ben-2")).outcome is None
+            assert on.ask(reserve(BEN, "ben-2")).code == "OUT_OF_STOCK"
         else:
             assert ann.code == "DATABASE_UNAVAILABLE"
             assert on.counts() == (1, 0, 0)

@@ -2,6 +2,9 @@
 
 The model keeps one list of everything that ever happened to anybody and counts it anew for each question; it shares
 no code with `engine.drop`. After each step everything visible must agree: decision, counts, holds, feed, deadline.
+
+Each history is also played on a state that runs ahead of a committed one, while that follows in pieces, or fails and
+starts over: whatever is on its way, it must be told from the full one by nothing.
 """
 
 import random
@@ -11,10 +14,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from engine.drop import Drop
+from engine.ahead import Ahead
+from engine.drop import Drop, Rules
 from engine.model import (
     Cancel,
     Cancelled,
+    Command,
     Create,
     Decision,
     DropCreated,
@@ -177,11 +182,13 @@ class DropHistories(RuleBasedStateMachine):
         self.seq = 0
         self.active: dict[UserId, Hold] = {}
         self.drop = Drop(terms, DropStatus(status))
+        self.committed = Drop(terms, DropStatus(status))
+        self.ahead = Ahead(self.committed)
+        self.on_the_way: list[Event] = []
         decision = self.drop.decide(Create(terms, DropStatus(status)), self.now)
         assert decision == DropCreated(1, self.now, terms, DropStatus(status))
         self.apply(decision)
         self.model = Model(terms, status)
-        self.left_behind: list[tuple[Drop, DropRecord]] = []
 
     # What clients do ------------------------------------------------------------------------------------
 
@@ -189,13 +196,13 @@ class DropHistories(RuleBasedStateMachine):
     def reserve(self, user: UserId, qty: int, hold_ms: int) -> None:
         command = Reserve(user, ReservationId(self.new_id()), hold_ms, qty)
         self.sweep()
-        self.agree(self.drop.decide(command, self.now), self.model.reserve(command, self.now))
+        self.agree(command, self.model.reserve(command, self.now))
 
     @rule(user=users)
     def purchase(self, user: UserId) -> None:
         command = Purchase(user, f"{user}-name", PurchaseId(self.new_id()))
         self.sweep()
-        self.agree(self.drop.decide(command, self.now), self.model.purchase(command, self.now))
+        self.agree(command, self.model.purchase(command, self.now))
 
     @rule(user=users)
     def cancel_newest(self, user: UserId) -> None:
@@ -210,7 +217,7 @@ class DropHistories(RuleBasedStateMachine):
     def cancel(self, user: UserId, reservation_id: ReservationId) -> None:
         command = Cancel(user, reservation_id)
         self.sweep()
-        self.agree(self.drop.decide(command, self.now), self.model.cancel(command, self.now))
+        self.agree(command, self.model.cancel(command, self.now))
 
     # What time does -------------------------------------------------------------------------------------
 
@@ -231,8 +238,10 @@ class DropHistories(RuleBasedStateMachine):
         swept = []
         while (event := self.drop.due(self.now)) is not None:
             swept.append(event)
+            assert self.ahead.due(self.now) == event
             self.apply(event)
         assert swept == expected
+        assert self.ahead.due(self.now) is None
         assert self.drop.decide(Sweep(), self.now) == Swept(0, self.model.seq)
 
     @rule(user=users)
@@ -242,23 +251,33 @@ class DropHistories(RuleBasedStateMachine):
         if line is None or line.state != "active" or line.hold.expires_at > self.now:
             return
         refused = Refused(RefusalCode.RESERVATION_EXPIRED, self.drop.seq)
-        assert self.drop.decide(Purchase(user, "x", PurchaseId("x")), self.now) == refused
-        assert self.drop.decide(Cancel(user, line.hold.id), self.now) == refused
+        for drop in (self.drop, self.ahead):
+            assert drop.decide(Purchase(user, "x", PurchaseId("x")), self.now) == refused
+            assert drop.decide(Cancel(user, line.hold.id), self.now) == refused
 
     # What the engine does -------------------------------------------------------------------------------
 
     @rule()
     def restore_from_the_record(self) -> None:
         self.drop = Drop.restored(self.model.record())
+        self.committed = Drop.restored(self.model.record())
+        self.ahead = Ahead(self.committed)
+        self.on_the_way = []
+
+    @rule(count=st.integers(1, 5))
+    def commit(self, count: int) -> None:
+        landed, self.on_the_way = self.on_the_way[:count], self.on_the_way[count:]
+        for event in landed:
+            self.committed.apply(event)
+        self.ahead.land(landed)
 
     @rule()
-    def go_on_with_a_copy(self) -> None:
-        self.left_behind.append((self.drop, self.model.record()))
-        self.drop = self.drop.copy()
-
-    @rule()
-    def go_on_with_the_original(self) -> None:
-        self.left_behind.append((self.drop.copy(), self.model.record()))
+    def fail_and_do_it_again(self) -> None:
+        self.ahead.fall_back()
+        assert seen(self.ahead) == seen(self.committed)
+        assert self.ahead.next_deadline() == Drop.restored(as_record(self.committed)).next_deadline()
+        for event in self.on_the_way:
+            self.ahead.apply(event)
 
     # What must hold -------------------------------------------------------------------------------------
 
@@ -270,8 +289,8 @@ class DropHistories(RuleBasedStateMachine):
         assert drop.next_deadline() == (deadlines[0][0] if deadlines else None)
         assert drop.available + drop.held + drop.sold == drop.terms.total_stock
         assert min(drop.available, drop.held, drop.sold) >= 0
-        for twin, record in self.left_behind[-2:]:  # copies stay as they were
-            assert as_record(twin) == record
+        assert seen(self.ahead) == seen(drop)
+        assert self.ahead.next_deadline() == drop.next_deadline()
 
     def judge(self, event: Event) -> None:
         """By the events alone: gapless, never early, never late, never twice, one active hold a user."""
@@ -292,19 +311,31 @@ class DropHistories(RuleBasedStateMachine):
 
     # Leaves ---------------------------------------------------------------------------------------------
 
-    def agree(self, decided: Decision, expected: Decision) -> None:
+    def agree(self, command: Command, expected: Decision) -> None:
+        decided = self.drop.decide(command, self.now)
         assert decided == expected
+        assert self.ahead.decide(command, self.now) == expected
         if not isinstance(decided, Refused | Swept):
             self.apply(decided)
 
     def apply(self, event: Decision) -> None:
         assert not isinstance(event, Refused | Swept)
         self.drop.apply(event)
+        self.ahead.apply(event)
+        self.on_the_way.append(event)
         self.judge(event)
 
     def new_id(self) -> str:
         self.ids += 1
         return f"id-{self.ids}"
+
+
+def seen(drop: Rules) -> tuple[object, ...]:
+    """All that a decision can depend on."""
+    holds = {user: drop.hold_of(user) for user in USERS}
+    ended = {user: drop.ended_of(user) for user in USERS if holds[user] is None}
+    counts = (drop.available, drop.held, drop.sold, drop.seq)
+    return drop.terms, drop.status, counts, holds, ended, drop.latest_purchases
 
 
 def as_record(drop: Drop) -> DropRecord:
@@ -343,7 +374,7 @@ def play_a_history(seed: int) -> None:
     )
     for _ in range(40):
         user = chance.choice(USERS)
-        match chance.randrange(14):
+        match chance.randrange(18):
             case 0 | 1 | 2 | 3:
                 history.reserve(user, chance.choice([1, 1, 1, 2, 3]), chance.choice([1, 2, 3, 5, 8, 20]))
             case 4 | 5:
@@ -360,8 +391,12 @@ def play_a_history(seed: int) -> None:
                 history.sweep()
             case 12:
                 history.look_before_the_sweep(user)
+            case 13 | 14 | 15:
+                history.commit(chance.randint(1, 5))
+            case 16:
+                history.fail_and_do_it_again()
             case _:
-                history.restore_from_the_record() if chance.random() < 0.5 else history.go_on_with_a_copy()
+                history.restore_from_the_record()
         history.drop_and_model_agree()
 
 

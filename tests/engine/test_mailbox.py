@@ -1,5 +1,8 @@
 """An actor's inbox: bounded, in order, and never deaf to a nudge."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -46,6 +49,21 @@ def test_what_is_put_back_comes_first_and_always_has_room() -> None:
     assert mailbox.take(9) == [1, 2, 3, 4, 5]
 
 
+def test_the_side_door_is_taken_first_and_has_a_bound_of_its_own() -> None:
+    mailbox: Mailbox[int] = Mailbox(1, urgent_max=2)
+    mailbox.put_nowait(1)
+    mailbox.put_urgent_nowait(2)
+    mailbox.put_urgent_nowait(3)
+    with pytest.raises(MailboxFull):
+        mailbox.put_nowait(4)
+    with pytest.raises(MailboxFull):
+        mailbox.put_urgent_nowait(5)
+    assert (len(mailbox), mailbox.in_line) == (3, 1)
+    assert mailbox.take_urgent(1) == [2]
+    assert mailbox.take_all() == [3, 1]
+    assert len(mailbox) == 0
+
+
 def test_statistics_remember_the_peak() -> None:
     mailbox = filled(5, 1, 2, 3)
     mailbox.take(2)
@@ -82,6 +100,26 @@ async def test_a_nudge_wakes_the_reader_without_a_message_and_once(autojump_cloc
     with trio.move_on_after(1) as waiting:
         await mailbox.ready()
     assert waiting.cancelled_caught
+
+
+async def test_a_reader_that_listens_to_the_side_door_alone_lets_the_line_wait(autojump_clock: MockClock) -> None:
+    mailbox: Mailbox[int] = Mailbox(9, urgent_max=9)
+    with trio.move_on_after(1) as waiting:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(mailbox.ready, urgent_only=True))
+            await wait_all_tasks_blocked()
+            mailbox.put_nowait(1)
+    assert waiting.cancelled_caught
+    wakes: list[Callable[[], None]] = [partial(mailbox.put_urgent_nowait, 2), mailbox.nudge]
+    for wake in wakes:
+        with trio.fail_after(1):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(mailbox.ready, urgent_only=True))
+                await wait_all_tasks_blocked()
+                wake()
+        mailbox.take_urgent(9)
+    with trio.fail_after(1):
+        await mailbox.ready()  # and the line is still there
 
 
 async def test_a_reader_that_never_waits_still_lets_others_run(autojump_clock: MockClock) -> None:
