@@ -39,8 +39,16 @@ def error(failure: ApiError, request_id: str) -> Answer:
     headers = failure.headers
     if failure.retry_after_s is not None:
         headers = (*headers, ("Retry-After", str(failure.retry_after_s)))
-    body = _encode({"success": False, "error": to_dict(failure), "meta": {"requestId": request_id}})
+    if failure.details is None:
+        body = b'%s,"meta":{"requestId":%s}}' % (_plain_error(failure.code, failure.message), _encode(request_id))
+    else:
+        body = _encode({"success": False, "error": to_dict(failure), "meta": {"requestId": request_id}})
     return Answer(failure.status_code, body, headers, failure.code)
+
+
+@lru_cache(maxsize=256)  # a sold-out drop says the same to everybody
+def _plain_error(code: str, message: str) -> bytes:
+    return _encode({"success": False, "error": {"code": code, "message": message}})[:-1]
 
 
 EXPOSED_HEADERS = "X-Request-Id, Idempotency-Replayed, Retry-After"
@@ -111,18 +119,16 @@ def _purchaser(line: LatestPurchase) -> dict[str, Any]:
     }
 
 
-def reserved(hold: Hold, available_stock: int) -> dict[str, Any]:
-    return {
-        "reservation": {
-            "id": hold.id,
-            "drop_id": hold.drop_id,
-            "user_id": hold.user_id,
-            "status": "active",
-            "expires_at": iso(hold.expires_at),
-            "created_at": iso(hold.created_at),
-        },
-        "drop": {"id": hold.drop_id, "available_stock": available_stock},
-    }
+def reserved(hold: Hold, available_stock: int, request_id: str) -> Answer:
+    # Written out, since most of a drop's first second is this answer: 1.5 µs instead of 5 with dicts and the encoder.
+    # No value but the request id, which may be the client's, can hold anything that JSON would have to escape.
+    body = (
+        f'{{"success":true,"data":{{"reservation":{{"id":"{hold.id}","drop_id":"{hold.drop_id}",'
+        f'"user_id":"{hold.user_id}","status":"active","expires_at":"{iso(hold.expires_at)}",'
+        f'"created_at":"{iso(hold.created_at)}"}},"drop":{{"id":"{hold.drop_id}",'
+        f'"available_stock":{available_stock}}}}},"meta":{{"requestId":'
+    )
+    return Answer(201, b"%s%s}}" % (body.encode(), _encode(request_id)))
 
 
 def purchased(event: Purchased) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import structlog
 import trio
 from hypercorn.typing import ASGISendCallable
-from quart import Response, g, request, websocket
+from quart import Request as QuartRequest
+from quart import Response, Websocket, g, request, websocket
 from quart.typing import ResponseTypes
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
@@ -175,9 +176,11 @@ def _readyz(gate: Gate) -> Callable[[], Awaitable[Response]]:
 
 async def _begin() -> Response | None:
     g.started_at = time.perf_counter()
-    g.request_id = schemas.request_id(request.headers.get("X-Request-Id"))
+    g.request_id = schemas.request_id(_last(request, "X-Request-Id"))
     structlog.contextvars.bind_contextvars(request_id=g.request_id)
     await request.get_data()
+    if request.scope["path"].startswith("//"):
+        raise errors.not_found()  # the router would take it for one slash, and a proxy's rules for two
     if request.method == "OPTIONS":
         response = Response("", 204)
         # Without a body there is nothing to measure and to name (RFC 9110, 8.6).
@@ -188,7 +191,7 @@ async def _begin() -> Response | None:
 
 async def _begin_websocket() -> None:
     """Nobody here speaks it: the refusal that follows needs an id, as every answer does."""
-    g.request_id = schemas.request_id(websocket.headers.get("X-Request-Id"))
+    g.request_id = schemas.request_id(_last(websocket, "X-Request-Id"))
 
 
 def _finisher(settings: Settings) -> Callable[[Response], Awaitable[Response]]:
@@ -212,7 +215,7 @@ def _finisher(settings: Settings) -> Callable[[Response], Awaitable[Response]]:
 
 
 def _allow_origin(settings: Settings, response: Response) -> None:
-    origin = request.headers.get("Origin")
+    origin = _last(request, "Origin")
     headers = response.headers
     headers.add("Vary", "Origin")
     allowed = answers.allowing(settings, origin)
@@ -222,6 +225,11 @@ def _allow_origin(settings: Settings, response: Response) -> None:
         headers["Access-Control-Allow-Methods"] = CORS_METHODS
         headers["Access-Control-Allow-Headers"] = CORS_HEADERS
         headers["Access-Control-Max-Age"] = str(PREFLIGHT_S)
+
+
+def _last(asked: QuartRequest | Websocket, name: str) -> str | None:
+    """The header's last value, as everywhere; Quart would say the first."""
+    return next(reversed(asked.headers.getlist(name)), None)
 
 
 async def _on_error(failure: Exception) -> Response:

@@ -13,7 +13,6 @@ import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import trio
@@ -28,6 +27,7 @@ from quart_trio import QuartTrio
 from api import http1
 from api.hotlane import Connection
 from api.http1 import HEAD_MAX, Message
+from api.settings import Settings
 
 SILENCE_S: Final = 75  # after which a connection is closed; longer than any answer takes, shorter than NATs forget
 # Of a request's head, what the hot lane has seen to: how long its body is, and that the client has sent it.
@@ -35,9 +35,9 @@ READ_BEFORE: Final = frozenset((b"content-length", b"transfer-encoding", b"expec
 
 
 class ColdLane:
-    """Made by `open`. `certfile` and `keyfile` are for connections that `serve` gets with TLS."""
+    """`open` it before it gets anything to do."""
 
-    def __init__(self, app: QuartTrio, certfile: Path | None = None, keyfile: Path | None = None) -> None:
+    def __init__(self, app: QuartTrio, settings: Settings) -> None:
         self.config = config = Config()
         config.read_timeout = SILENCE_S
         config.keep_alive_timeout = SILENCE_S
@@ -46,11 +46,13 @@ class ColdLane:
         config.include_server_header = False
         config.accesslog = None  # the application writes its own
         config.errorlog = logging.getLogger("hypercorn.error")
-        if certfile is not None:
-            config.certfile, config.keyfile = str(certfile), str(keyfile or certfile)
+        if settings.tls_certfile is not None:
+            config.certfile = str(settings.tls_certfile)
+            config.keyfile = str(settings.tls_keyfile or settings.tls_certfile)
         self._wrapped = wrap_app(app, config.wsgi_max_body_size, "asgi")
         self._context = WorkerContext(None)
         self._state: LifespanState = {}
+        self._connections_max = settings.connections_max
         self._answering = 0
         self._idle = trio.lowlevel.ParkingLot()
         self._streams: set[trio.SocketStream] = set()
@@ -79,7 +81,7 @@ class ColdLane:
         self._nursery.start_soon(self._answer, connection, message)
 
     async def _answer(self, connection: Connection, message: Message) -> None:
-        stream = OneRequest(connection, _whole(message))
+        stream = OneRequest(connection, _whole(message, is_last=connection.is_last))
         state = ConnectionState(self._state.copy())
         with trio.CancelScope() as serving:
 
@@ -99,6 +101,7 @@ class ColdLane:
         """Serve a connection to its end, of which `received` has been read already."""
         assert self._nursery is not None, "the lane is not open"
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        self._streams.add(stream)  # from now on it counts
         self._nursery.start_soon(self._serve, stream, BegunStream(stream, received))
 
     async def serve(self, listening: list[trio.SSLListener[trio.SocketStream]]) -> None:
@@ -106,13 +109,23 @@ class ColdLane:
         await trio.serve_listeners(self._serve_tls, listening, handler_nursery=self._nursery)
 
     async def _serve_tls(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
-        await self._serve(stream.transport_stream, stream)
+        if len(self._streams) < self._connections_max:
+            await self._serve(stream.transport_stream, stream)
+        else:
+            await trio.aclose_forcefully(stream)  # an answer would cost a handshake
+
+    @property
+    def taken(self) -> int:
+        """How many connections there are, beside those that the hot lane keeps."""
+        return len(self._streams)
 
     async def _serve(self, transport: trio.SocketStream, stream: Any) -> None:
         self._streams.add(transport)
         try:
             state = ConnectionState(self._state.copy())
             await TCPServer(self._count, self.config, self._context, state, stream).run()  # type: ignore[arg-type]
+        except trio.ClosedResourceError:
+            pass  # it was cut within its TLS handshake, where Hypercorn does not reckon with that
         finally:
             self._streams.discard(transport)
 
@@ -197,9 +210,11 @@ class BegunStream:
         return await self._receive_some(max_bytes)
 
 
-def _whole(message: Message) -> bytes:
-    """The request as one piece whose length stands in its head."""
+def _whole(message: Message, *, is_last: bool) -> bytes:
+    """The request as one piece whose length stands in its head; if it is the last, the answer shall say so."""
     fields = [field for field in message.fields if field[0] not in READ_BEFORE]
+    if is_last:
+        fields.append((b"connection", b"close"))
     if message.body or message.method in (b"POST", b"PUT", b"PATCH"):
         fields.append((b"content-length", b"%d" % len(message.body)))
     return http1.serialized(message, fields) + message.body

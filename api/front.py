@@ -72,8 +72,8 @@ class Front:
             CertificateUnusable: the files of TLS can't be read, or don't belong together.
         """
         make_room(settings.connections_max)
-        self._cold = ColdLane(app, settings.tls_certfile, settings.tls_keyfile)
-        self._hot = HotLane(settings, gate, self._cold.answer, self._cold.take)
+        self._cold = ColdLane(app, settings)
+        self._hot = HotLane(settings, gate, self._cold)
         self._tls = None
         if settings.tls_certfile is not None:
             try:

@@ -269,15 +269,25 @@ async def expire_now(service: Service, request: Request) -> Answer:
 async def _buyer(service: Service, request: Request) -> tuple[Caller, DropId]:
     """The caller and the drop of a hot request whose body says nothing."""
     caller = await service.auth.caller(request.headers)
-    drop_id = _drop_id(request)
-    schemas.body(schemas.Nothing, request.headers.get("content-type"), request.body)
-    await _drop(service, drop_id)
+    drop_id = DropId(request.path["id"])
+    is_known = service.registry.board.drop(drop_id) is not None  # then it is an id in canonical form, too
+    if not is_known:
+        drop_id = _drop_id(request)
+    if request.body:
+        schemas.body(schemas.Nothing, request.headers.get("content-type"), request.body)
+    if not is_known:
+        await _drop(service, drop_id)
     return caller, drop_id
 
 
 async def _asked(
     service: Service, request: Request, caller: Caller, operation: str, drop_id: DropId, command: Command
 ) -> Answer:
+    if "idempotency-key" not in request.headers:
+        told: Promise[Outcome] = Promise()
+        service.registry.ask(drop_id, command, told.keep)
+        return _answer(await told, request)
+
     def ask(reply: Reply, receipt: Receipt | None) -> None:
         service.registry.ask(drop_id, command, reply, receipt)
 
@@ -312,26 +322,20 @@ async def _decided(
 
 
 def _answer(outcome: Outcome, request: Request) -> Answer:
-    rendered = _rendered(outcome)
-    if isinstance(rendered, ApiError):
-        return answers.error(rendered, request.request_id)
-    return answers.success(*rendered, request.request_id)
-
-
-def _rendered(outcome: Outcome) -> tuple[int, Any] | ApiError:
+    request_id = request.request_id
     match outcome:
         case Reserved(hold=hold, available_stock=available_stock):
-            return 201, answers.reserved(hold, available_stock)
-        case Purchased():
-            return 201, answers.purchased(outcome)
-        case Cancelled(hold=hold, available_stock=available_stock):
-            return 200, answers.cancelled(hold, available_stock)
-        case DropCreated():
-            return 201, answers.new_drop(outcome)
+            return answers.reserved(hold, available_stock, request_id)
         case Refused(code=code):
-            return errors.refused(code)
+            return answers.error(errors.refused(code), request_id)
+        case Purchased():
+            return answers.success(201, answers.purchased(outcome), request_id)
+        case Cancelled(hold=hold, available_stock=available_stock):
+            return answers.success(200, answers.cancelled(hold, available_stock), request_id)
+        case DropCreated():
+            return answers.success(201, answers.new_drop(outcome), request_id)
         case Fault(code=fault_code):
-            return errors.fault(fault_code)
+            return answers.error(errors.fault(fault_code), request_id)
         case Expired() | DropUpdated() | Swept():
             raise AssertionError(f"nobody asked for {outcome}")
     assert_never(outcome)

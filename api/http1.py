@@ -26,8 +26,11 @@ BODY_S: Final = 10  # to send a body; the slowest phone sends 16 KiB in less
 H2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 METHOD_MAX: Final = 32
-METHOD: Final = re.compile(rb"(?:\r\n)*([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ")
+METHOD: Final = re.compile(rb"[\r\n]*([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ")
+HALF_METHOD: Final = re.compile(rb"[\r\n]*[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 STAND_IN: Final = b"PURGE"  # a method that means nothing here, and that the parser knows
+
+ONCE: Final = (b"host", b"transfer-encoding")  # of two a proxy may take the first, and the parser takes the last
 
 Fields = list[tuple[bytes, bytes]]
 """Names in lower case, in the order in which they came."""
@@ -61,6 +64,7 @@ class Reader:
         "_fields",
         "_held",
         "_is_final",
+        "_is_uncounted",
         "_message",
         "_method",
         "_target",
@@ -84,6 +88,7 @@ class Reader:
         self._body_size = 0
         self._fed = 0  # bytes of the head, or of the body with its wrapping, without those of the current read
         self._chunk = 0  # bytes of the current read
+        self._is_uncounted = False  # bytes that are not in `_fed` belong to the head, too
         self._is_final = False  # nothing after the last message counts
         self._restart()
 
@@ -108,7 +113,7 @@ class Reader:
         was_idle, before = self._fields is None, len(self.messages)
         if was_idle:
             data, self._held = self._held + data, b""
-            if len(data) < METHOD_MAX and b" " not in data:
+            if len(data) <= 2 * METHOD_MAX and HALF_METHOD.fullmatch(data) is not None:
                 self._held = data  # a whole method at once, or the parser's word on a half one would depend on the cut
                 return
         self._chunk = len(data)
@@ -124,8 +129,10 @@ class Reader:
                 self._fail(malformed(_reason(fault)))
         if self._fields is None:
             return
-        if len(self.messages) == before:  # else most of these bytes were of other requests
+        if len(self.messages) == before:
             self._fed += len(data)
+        else:
+            self._is_uncounted = True  # most of these bytes were of other requests
         if self._message is None and self._fed > HEAD_MAX:
             self._fail(head_too_large())
         elif self._message is not None and self._fed > self._body_max + DRAIN_MAX:
@@ -141,6 +148,9 @@ class Reader:
         if found is None:
             self._fail(malformed("it begins with no method"))
             return
+        if found[1] != found[1].upper():  # methods are case-sensitive; a proxy's rules for them may be, too
+            self._fail(malformed("its method is not in upper case"))
+            return
         self._restart()
         self._method = found[1]
         self.feed(STAND_IN + data[found.end(1) :])
@@ -154,9 +164,10 @@ class Reader:
     # What the parser calls ---------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        self._fields = []
+        self._fields = None if self._is_final else []  # in the same read as the last request there may be more
         self._target = b""
         self._fed = 0
+        self._is_uncounted = False
 
     def on_url(self, target: bytes) -> None:
         self._target = self._target + target if self._target else target  # it may come in pieces
@@ -199,6 +210,8 @@ class Reader:
         if self._body_size > self._body_max:
             message.is_too_large = True
             self._body.clear()
+            if self._body_size > self._body_max + DRAIN_MAX:
+                self._fail(body_too_large())
         elif not message.is_too_large:
             self._body.append(data)
 
@@ -226,15 +239,16 @@ class Reader:
         fields, headers = message.fields, message.headers
         if len(message.target) > TARGET_MAX:
             return ApiError(414, "URI_TOO_LONG", f"The address is longer than {TARGET_MAX} bytes.")
-        if self._fed + self._chunk > HEAD_MAX and _size(message) > HEAD_MAX:
+        if (self._is_uncounted or self._fed + self._chunk > HEAD_MAX) and _size(message) > HEAD_MAX:
             return head_too_large()
         if message.version not in ("1.0", "1.1"):
             return malformed("only HTTP/1.0, HTTP/1.1 and HTTP/2 are spoken here")
-        if b"host" not in headers:
-            if message.version != "1.0":
-                return malformed("Host is missing")
-        elif len(headers) != len(fields) and sum(name == b"host" for name, _ in fields) > 1:
-            return malformed("Host stands in it twice")
+        if b"host" not in headers and message.version != "1.0":
+            return malformed("Host is missing")
+        if len(headers) != len(fields):
+            for name in ONCE:
+                if sum(field[0] == name for field in fields) > 1:
+                    return malformed(f"{name.decode().title()} stands in it twice")
         coding = headers.get(b"transfer-encoding")
         if coding is not None and (message.version == "1.0" or coding.strip(b" \t").lower() != b"chunked"):
             return malformed("chunked is the only Transfer-Encoding, and of HTTP/1.1")

@@ -31,6 +31,10 @@ class Poller(Protocol):
 
     async def wait(self, most: int) -> Ready: ...
 
+    def more(self, most: int) -> Ready:
+        """What is ready right now, without waiting; maybe nothing although something is."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -50,6 +54,9 @@ class EpollPoller:
 
     async def wait(self, most: int) -> Ready:
         await trio.lowlevel.wait_readable(self._fd)
+        return self._epoll.poll(0, most)
+
+    def more(self, most: int) -> Ready:
         return self._epoll.poll(0, most)
 
     def close(self) -> None:
@@ -93,6 +100,9 @@ class TaskPoller:
                 ready.append((sock.fileno(), direction))
                 self._reported.append(sock)
         return ready
+
+    def more(self, most: int) -> Ready:
+        return []  # a task must find it first
 
     def close(self) -> None:
         for sock in list(self._interests):

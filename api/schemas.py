@@ -7,7 +7,7 @@ A body that is no JSON object, or is one in a way that two parsers could read di
 
 import json
 import re
-import uuid
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
@@ -16,6 +16,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from api.errors import ApiError, Detail, invalid, invalid_json
+from api.ids import IdSource
 from engine.model import DropStatus, Instant
 from persistence.usernames import NAME_LENGTH_MAX, NAME_LENGTH_MIN
 
@@ -133,7 +134,10 @@ def request_id(text: str | None) -> str:
     """The client's request id where it is one, else a new one."""
     if text is not None and len(text) <= REQUEST_ID_MAX and PRINTABLE_ASCII.fullmatch(text):
         return text
-    return str(uuid.uuid4())
+    return _request_ids.new()
+
+
+_request_ids = IdSource(lambda: Instant(int(time.time() * 1000)))
 
 
 def instant(moment: datetime) -> Instant:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ class Server:
 
     def __init__(self, dsn: str, log_path: Path, port: int | None = None, **settings: str) -> None:
         self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self._certfile = settings.get("TLS_CERTFILE")
+        self.url = f"{'http' if self._certfile is None else 'https'}://127.0.0.1:{self.port}"
         self.dsn = dsn
         self._log_path = log_path
         self._settings = settings
@@ -48,7 +50,7 @@ class Server:
         while time.monotonic() < began + timeout_s:
             assert self.process.poll() is None, f"the server ended:\n{self.log()}"
             try:
-                if httpx.get(self.url + path, timeout=5).status_code == status:
+                if httpx.get(self.url + path, timeout=5, verify=self.tls or True).status_code == status:
                     return time.monotonic() - began
             except httpx.TransportError:
                 pass
@@ -59,6 +61,11 @@ class Server:
     def process(self) -> subprocess.Popen[bytes]:
         assert self._process is not None, "not started"
         return self._process
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """What trusts its certificate, each time a new one: clients change theirs. None where it speaks no TLS."""
+        return None if self._certfile is None else ssl.create_default_context(cafile=self._certfile)
 
     def log(self) -> str:
         return self._log_path.read_text(errors="replace")

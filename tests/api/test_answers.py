@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,18 +159,29 @@ def test_drop_is_shown_as_it_is_committed_with_its_feed() -> None:
     }
 
 
-def test_reservation_is_shown_with_the_stock_that_it_left() -> None:
-    assert answers.reserved(HOLD, 2) == {
-        "reservation": {
-            "id": "hold-1",
-            "drop_id": "drop-1",
-            "user_id": "ben",
-            "status": "active",
-            "expires_at": "2026-01-07T10:01:00.001Z",
-            "created_at": "2026-01-07T10:00:00.001Z",
-        },
-        "drop": {"id": "drop-1", "available_stock": 2},
-    }
+@pytest.mark.parametrize("request_id", ["r-1", 'a "quoted" \\ one'])
+def test_reservation_is_answered_with_the_stock_that_it_left(request_id: str) -> None:
+    answer = answers.reserved(HOLD, 2, request_id)
+
+    assert answer.status_code == 201
+    # To the byte what the encoder makes of it, although it is written out by hand.
+    assert answer.body == msgspec.json.encode(
+        {
+            "success": True,
+            "data": {
+                "reservation": {
+                    "id": "hold-1",
+                    "drop_id": "drop-1",
+                    "user_id": "ben",
+                    "status": "active",
+                    "expires_at": "2026-01-07T10:01:00.001Z",
+                    "created_at": "2026-01-07T10:00:00.001Z",
+                },
+                "drop": {"id": "drop-1", "available_stock": 2},
+            },
+            "meta": {"requestId": request_id},
+        }
+    )
 
 
 def test_purchase_is_shown_with_the_reservation_that_it_consumed() -> None:

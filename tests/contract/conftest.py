@@ -4,8 +4,11 @@
 - `hasty`: the same with holds of 2 s
 - `strict`: production, behind a proxy that sets X-User-Id, one page allowed to call
 - `tokens`: AUTH_MODE=jwt
+- `certificate`: a file with a certificate for 127.0.0.1 and its key, for servers that speak TLS
 """
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,3 +109,19 @@ def tokens_server(server: EmbeddedServer, template: str, logs: Path) -> Iterator
 @pytest.fixture
 def tokens(tokens_server: Server, base: str, http: httpx.Client) -> Shop:
     return Shop(tokens_server, base, http)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Self-signed, so that it is its own authority."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl command to make a certificate with")
+    pem = tmp_path_factory.mktemp("tls") / "server.pem"
+    command = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(
+        [openssl, *command.split(), "-keyout", pem, "-out", pem.with_suffix(".crt")], check=True, capture_output=True
+    )
+    with pem.open("ab") as file:
+        file.write(pem.with_suffix(".crt").read_bytes())
+    return pem

@@ -6,6 +6,7 @@ Every answer that goes through `Reply` has its envelope checked, whatever the te
 import itertools
 import re
 import socket
+import struct
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -197,11 +198,25 @@ class WireAnswer:
         return self.status, self.code
 
 
+def parsed(head: bytes, body: bytes) -> WireAnswer:
+    status_line, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+    version, status, *_ = status_line.split(" ")
+    assert version == "HTTP/1.1", head
+    return WireAnswer(int(status), headers, body)
+
+
 class Wire:
     """One connection, written to and read from byte by byte."""
 
-    def __init__(self, server: Server, patience_s: float = PATIENCE_S) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=patience_s)
+    def __init__(self, server: Server, patience_s: float = PATIENCE_S, *, receive_buffer: int | None = None) -> None:
+        plain = socket.socket()
+        plain.settimeout(patience_s)
+        if receive_buffer is not None:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        plain.connect(("127.0.0.1", server.port))
+        tls = server.tls
+        self.socket = plain if tls is None else tls.wrap_socket(plain, server_hostname="127.0.0.1")
         self._read = bytearray()
 
     def __enter__(self) -> "Wire":
@@ -211,31 +226,43 @@ class Wire:
         self.close()
 
     def close(self) -> None:
-        self._socket.close()
+        self.socket.close()
+
+    def reset(self) -> None:
+        """Go as somebody does whose process was killed: with a reset."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
+
+    def send_eof(self) -> None:
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def wait_readable(self) -> None:
+        """Wait for the next byte, and leave it there."""
+        self.socket.recv(1, socket.MSG_PEEK)
 
     def send(self, data: bytes) -> None:
-        self._socket.sendall(data)
+        self.socket.sendall(data)
 
     def send_what_it_takes(self, data: bytes) -> None:
         """Send as much as the server reads; it may answer and close before the end, or stop reading."""
         with suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
-            self._socket.sendall(data)
+            self.socket.sendall(data)
 
     def answer(self, *, to: Literal["HEAD", "any"] = "any") -> WireAnswer:
-        head = self._until(b"\r\n\r\n").decode("latin-1")
-        status_line, *lines = head.split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
-        version, status, *_ = status_line.split(" ")
-        assert version == "HTTP/1.1", head
-        has_body = to != "HEAD" and int(status) >= 200 and int(status) != 204
-        body = self._exactly(int(headers["content-length"])) if has_body else b""
-        return WireAnswer(int(status), headers, body)
+        return parsed(*self.raw_answer(to=to))
+
+    def raw_answer(self, *, to: Literal["HEAD", "any"] = "any") -> tuple[bytes, bytes]:
+        """The bytes of head and body."""
+        head = self._until(b"\r\n\r\n")
+        answer = parsed(head, b"")
+        has_body = to != "HEAD" and answer.status >= 200 and answer.status != 204
+        return head, self._exactly(int(answer.headers["content-length"])) if has_body else b""
 
     def is_closed(self) -> bool:
         """Wait for the server's next byte, which must be its end."""
         assert not self._read, f"bytes that belong to no answer: {bytes(self._read)!r}"
         try:
-            return self._socket.recv(1) == b""
+            return self.socket.recv(1) == b""
         except ConnectionResetError:
             return True
 
@@ -255,7 +282,7 @@ class Wire:
         return taken
 
     def _receive(self) -> None:
-        data = self._socket.recv(65_536)
+        data = self.socket.recv(65_536)
         assert data, f"the server closed the connection after {bytes(self._read)!r}"
         self._read += data
 
