@@ -11,8 +11,12 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
+# The servers that `make bench` measures beside Holdfast, in an environment of their own.
+VENV_BASELINE := .venv-baseline
+
 # Named by what was installed, and where: another lock file, or a checkout that was moved, has another stamp.
 STAMP := $(VENV)/.installed-$(shell { cat requirements.txt pyproject.toml; pwd; } | cksum | cut -d ' ' -f 1)
+STAMP_BASELINE := $(VENV_BASELINE)/.installed-$(shell { cat requirements-baseline.txt; pwd; } | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
 .SUFFIXES:
@@ -41,9 +45,8 @@ format: $(STAMP) ## let ruff sort imports and format
 	$(BIN)/python -m ruff check --select I --fix .
 	$(BIN)/python -m ruff format .
 
-bench: $(STAMP) ## durable reserves a second on one hot drop: through the front end, and by the engine alone
-	@$(BIN)/python -m tests.bench.front $(BENCH_ARGS)
-	@$(BIN)/python -m tests.bench.engine
+bench: $(STAMP) $(if $(filter --no-baseline --url%,$(BENCH_ARGS)),,$(STAMP_BASELINE)) ## measure it beside FastAPI, or any server with BENCH_ARGS="--url URL"; a report in .bench
+	@exec $(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 seed: $(STAMP) ## empty the development database and fill it with sample data
 	@exec $(BIN)/holdfast seed
@@ -63,6 +66,7 @@ lock: ## choose the newest dependencies that pyproject.toml allows, for the requ
 
 clean: ## remove the virtual environment and all caches, not the data
 	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@rm -rf "$(VENV_BASELINE)"
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
 	@find . -path ./.holdfast -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -102,4 +106,12 @@ $(STAMP):
 	"$(BIN)/python" -m pip install --quiet --require-hashes -r requirements.txt && \
 	"$(BIN)/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+$(STAMP_BASELINE): $(STAMP)
+	@echo "Installing what the benchmark compares with into $(VENV_BASELINE), once ..."
+	@"$(BIN)/python" -m venv --clear "$(VENV_BASELINE)"
+	@export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1; \
+	"$(VENV_BASELINE)/bin/python" -m pip install --quiet --require-hashes -r requirements-baseline.txt
+	@rm -f $(VENV_BASELINE)/.installed-*
 	@touch $@
