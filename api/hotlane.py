@@ -43,6 +43,10 @@ log = structlog.get_logger()
 # The kernel keeps the rest. With 64 KiB, 2,520 tiny requests of one peer took 2.7 MB.
 RECEIVE_MAX: Final = 4_096
 BATCH_MAX: Final = 256  # sockets served before other tasks get their turn
+# Of these, sockets that are read before the first of those is answered that could be answered at once. Then the
+# answers leave one right after the other, and find most peers awake: half of what a `send` on loopback costs is waking
+# somebody. 1.4 times the no-ops a second, 1.5 times the sold-out answers (64 connections, two cores).
+GATHER_MAX: Final = 32
 ACCEPT_MAX: Final = 64  # connections accepted before those that are there get theirs
 SILENCE_S: Final = 75.0  # without a request; longer than any answer takes, shorter than NATs forget
 WRITE_S: Final = 10.0  # that a peer may leave an answer unread
@@ -115,7 +119,7 @@ class Exchange:
     def done(self, answer: Answer) -> None:
         if not self.is_over:  # else it took too long, and that was the answer
             self.is_over = True
-            self.connection.lane.answered(self, answer)
+            self.connection.lane.answer(self, answer)
 
     def failed(self, failure: Exception) -> None:
         if isinstance(failure, Unavailable):  # with the database all of them fail: the report says so once
@@ -393,6 +397,7 @@ class HotLane:
         self._known: dict[tuple[bytes, bytes], tuple[Route, dict[str, str]]] = {}
         self._listening: dict[int, socket.socket] = {}
         self._is_accepting = False
+        self._gathered: list[tuple[Exchange, Answer]] | None = None  # answers that were there at once, in a slice
         self._gone = trio.lowlevel.ParkingLot()  # for one that waits until connections are
         self._report = _Report()
         self._heads: dict[tuple[int, tuple[tuple[str, str], ...], str | None, bool], tuple[str, str, str]] = {}
@@ -428,12 +433,18 @@ class HotLane:
 
     def _serve(self, ready: Ready) -> None:
         self.now = trio.current_time()
-        for fd, events in ready:
-            connection = self._connections.get(fd)
-            if connection is not None:
-                connection.ready(events)
-            elif fd in self._listening:
-                self._accept(self._listening[fd])
+        for begin in range(0, len(ready), GATHER_MAX):
+            gathered: list[tuple[Exchange, Answer]] = []
+            self._gathered = gathered
+            for fd, events in ready[begin : begin + GATHER_MAX]:
+                connection = self._connections.get(fd)
+                if connection is not None:
+                    connection.ready(events)
+                elif fd in self._listening:
+                    self._accept(self._listening[fd])
+            self._gathered = None
+            for exchange, answer in gathered:
+                self.answer(exchange, answer)
 
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(ACCEPT_MAX):
@@ -515,7 +526,11 @@ class HotLane:
                 deadlines.popleft()
             deadlines.append(exchange)
 
-    def answered(self, exchange: Exchange, answer: Answer) -> None:
+    def answer(self, exchange: Exchange, answer: Answer) -> None:
+        """Send what came of a request, and go on with its connection."""
+        if self._gathered is not None:
+            self._gathered.append((exchange, answer))
+            return
         self._report.add(exchange, answer, trio.current_time() - exchange.started_at)
         connection = exchange.connection
         if connection.is_closed:
