@@ -13,6 +13,7 @@ No await between reading the state and changing it: `turn` and everything that t
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -134,7 +135,7 @@ class ActorStatistics(msgspec.Struct, frozen=True):
 
 
 class DropActor:
-    """The one writer of one drop. `run` it under the registry's supervision."""
+    """The one writer of one drop. It lives from `start` to `retire`, in the turns that it asks for."""
 
     def __init__(
         self,
@@ -145,6 +146,8 @@ class DropActor:
         desk: Desk,
         load: Load,
         publish: Callable[[DropId, Sequence[Event]], None],
+        ask_for_turn: Callable[["DropActor"], None],
+        stopped: Callable[["DropActor", Exception], None],
         mailbox_max: int,
         urgent_max: int,
         part_max: int,
@@ -152,9 +155,10 @@ class DropActor:
         self.drop_id = drop.terms.id
         self.committed = drop
         self.epoch = epoch
-        self.mailbox: Mailbox[Ask] = Mailbox(mailbox_max, urgent_max)
+        self.mailbox: Mailbox[Ask] = Mailbox(partial(ask_for_turn, self), mailbox_max, urgent_max)
         self.in_flight: Part | None = None
         self.fault: FaultCode | None = None  # set while this drop alone is out of service
+        self.is_retired = False
         self.restarts = 0
         self.alarm: Alarm | None = None
         self._tentative = Ahead(drop)
@@ -167,20 +171,38 @@ class DropActor:
         self._publish = publish
         self._part_max = part_max
         self._reserve_max = part_max - part_max // PART_SHARE  # of a part, for what comes in line
-        self._room = trio.lowlevel.ParkingLot()
+        self._ask_for_turn = ask_for_turn
+        self._stopped = stopped
+        self._awaits_room = False  # its part is full: it takes no turn before that one is taken
         self._landed = trio.lowlevel.ParkingLot()
 
-    # The actor's own task ----------------------------------------------------------------------------
+    # Its turns ---------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Serve until cancelled, or until something that must not happen has happened: then raise that."""
-        while True:
-            await self.mailbox.ready(urgent_only=self._room_in_line() <= 0)
-            while self._broken is None and self._is_full():
-                await self._room.park()
+    def start(self) -> None:
+        """Take a first turn, for what is due already, and from then on whenever there is something to do."""
+        self.mailbox.nudge()
+        self.mailbox.listen()
+
+    def retire(self) -> None:
+        """Take no more turns."""
+        self.is_retired = True
+
+    def take_turn(self) -> None:
+        """Its turn has come. Where something has happened that must not, `stopped` is told, and no more is taken."""
+        if self.is_retired:
+            return
+        try:
             if self._broken is not None:
                 raise self._broken
+            if self._is_full():
+                self._awaits_room = True
+                return
+            self.mailbox.heard()
             self.turn()
+        except Exception as bug:  # noqa: BLE001 - whatever it is, it stops this drop and no other
+            self._stopped(self, bug)
+        else:
+            self.mailbox.listen(urgent_only=self._room_in_line() <= 0)
 
     def turn(self) -> None:
         """Settle what is due, then decide what was asked, as far as one part has room.
@@ -208,11 +230,12 @@ class DropActor:
             self._answer_all(asks[decided:], Fault(FaultCode.RESTARTING))
         # A `Sweep` that had no room in this turn is told in its own what was expired for it in this one.
         self._untold = expired if len(self.mailbox) else 0
-        if self.is_due(now):
+        deadline = self._tentative.next_deadline()
+        if deadline is not None and deadline <= now:
             self.mailbox.nudge()
         # Also while a part is on its way: what falls due meanwhile belongs in the very next batch.
         elif self.alarm is not None:
-            self.alarm.set(self._tentative.next_deadline())
+            self.alarm.set(deadline)
 
     def _sweep(self, now: Instant) -> int:
         """Apply what is due, as far as there is room; return how many holds expired."""
@@ -313,9 +336,9 @@ class DropActor:
         self._answer_all(self.mailbox.take_all(), Fault(code))
 
     def break_down(self, why: Exception) -> None:
-        """Stop this drop, and no other: its supervisor reloads it from the ledger."""
+        """Stop this drop, and no other: the registry reloads it from the ledger."""
         self._broken = why
-        self._room.unpark_all()
+        self._go_on()
         self.mailbox.nudge()
 
     def _land(self, part: Part) -> None:
@@ -340,7 +363,12 @@ class DropActor:
         if self._room_in_line() <= 0:
             self.mailbox.nudge()  # it listens to its side door alone
         self._waiting = None
-        self._room.unpark_all()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._awaits_room:
+            self._awaits_room = False
+            self._ask_for_turn(self)
 
     def _reset_tentative(self) -> None:
         self._tentative.fall_back()
@@ -400,7 +428,7 @@ class DropActor:
         self.committed, self.epoch = drop, epoch
         self._tentative = Ahead(drop)
         self._broken = self.fault = None
-        self.mailbox.nudge()
+        self.start()
 
     def statistics(self) -> ActorStatistics:
         return ActorStatistics(self.committed.seq, self.epoch, len(self.mailbox), self.restarts)

@@ -1,15 +1,15 @@
 """An actor's inbox: a bounded line, a bounded side door for what must not wait behind it, and a bell.
 
-Putting is synchronous and never waits: no room is the caller's answer, at once. The owner drains it with `take`, many
-messages for one turn of the scheduler; what came through the side door is taken first.
+Putting is synchronous and never waits: no room is the caller's answer, at once. The owner is rung for, once, when it
+listens and something comes; it drains with `take`, many messages at a time. What came through the side door is taken
+first.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import msgspec
-import trio
 
 T = TypeVar("T")
 
@@ -25,31 +25,30 @@ class MailboxStatistics(msgspec.Struct, frozen=True):
 
 
 class Mailbox(Generic[T]):
-    """Room for `waiting_max` messages in line and for `urgent_max` at the side door; one task reads."""
+    """Room for `waiting_max` messages in line and for `urgent_max` at the side door; `ring` calls the one reader."""
 
     __slots__ = (
-        "_is_asleep",
+        "_hears_line",
+        "_is_listening",
         "_line",
-        "_lot",
         "_nudged",
+        "_ring",
         "_urgent",
         "_waiting_peak",
-        "_wakes_for_line",
         "urgent_max",
         "waiting_max",
     )
 
-    def __init__(self, waiting_max: int, urgent_max: int = 0) -> None:
+    def __init__(self, ring: Callable[[], None], waiting_max: int, urgent_max: int = 0) -> None:
         self.waiting_max = waiting_max
         self.urgent_max = urgent_max
         self._line: deque[T] = deque()
         self._urgent: deque[T] = deque()
         self._waiting_peak = 0
+        self._ring = ring
         self._nudged = False
-        # Flags beside the lot: asking the lot itself for sleepers is a call, for each message.
-        self._is_asleep = False
-        self._wakes_for_line = False
-        self._lot = trio.lowlevel.ParkingLot()
+        self._is_listening = False
+        self._hears_line = False
 
     def put_nowait(self, message: T) -> None:
         """Hand a message over, behind all others.
@@ -63,8 +62,8 @@ class Mailbox(Generic[T]):
         line.append(message)
         if len(line) > self._waiting_peak:
             self._waiting_peak = len(line)
-        if self._wakes_for_line:
-            self._wake()
+        if self._hears_line:
+            self._call()
 
     def put_urgent_nowait(self, message: T) -> None:
         """Hand a message over at the side door, past the whole line.
@@ -75,8 +74,8 @@ class Mailbox(Generic[T]):
         if len(self._urgent) >= self.urgent_max:
             raise MailboxFull
         self._urgent.append(message)
-        if self._is_asleep:
-            self._wake()
+        if self._is_listening:
+            self._call()
 
     def put_back(self, messages: Sequence[T]) -> None:
         """Return messages that were taken, to the head of the line. They had their place: the bound is not asked."""
@@ -84,24 +83,20 @@ class Mailbox(Generic[T]):
         self.nudge()
 
     def nudge(self) -> None:
-        """Wake the reader without a message: something is due, or something has changed."""
+        """Call the reader without a message: something is due, or something has changed."""
         self._nudged = True
-        if self._is_asleep:
-            self._wake()
+        if self._is_listening:
+            self._call()
 
-    async def ready(self, *, urgent_only: bool = False) -> None:
-        """Return when there is a message or a nudge; `urgent_only`: the line alone is no reason.
+    def listen(self, *, urgent_only: bool = False) -> None:
+        """Ring once when there is a message or a nudge, maybe at once; `urgent_only`: the line alone is no reason."""
+        if self._nudged or self._urgent or (self._line and not urgent_only):
+            self._call()
+        else:
+            self._is_listening, self._hears_line = True, not urgent_only
 
-        Always lets other tasks run once.
-        """
-        if self._has_news(urgent_only):
-            await trio.lowlevel.checkpoint()
-        while not self._has_news(urgent_only):
-            self._is_asleep, self._wakes_for_line = True, not urgent_only
-            try:
-                await self._lot.park()
-            finally:
-                self._is_asleep = self._wakes_for_line = False
+    def heard(self) -> None:
+        """The reader comes: whatever it was called for up to now, it need not be called for again."""
         self._nudged = False
 
     def take(self, most: int) -> list[T]:
@@ -125,12 +120,9 @@ class Mailbox(Generic[T]):
     def statistics(self) -> MailboxStatistics:
         return MailboxStatistics(len(self), self.waiting_max, self._waiting_peak)
 
-    def _has_news(self, urgent_only: bool) -> bool:
-        return self._nudged or bool(self._urgent) or (bool(self._line) and not urgent_only)
-
-    def _wake(self) -> None:
-        self._is_asleep = self._wakes_for_line = False
-        self._lot.unpark()
+    def _call(self) -> None:
+        self._is_listening = self._hears_line = False
+        self._ring()
 
 
 def _taken(waiting: deque[T], most: int) -> list[T]:

@@ -4,6 +4,7 @@
 the ledger and goes on, and no other drop notices; one that another engine took over is let go.
 """
 
+import math
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
@@ -38,6 +39,7 @@ from engine.model import (
 )
 from engine.publisher import Publisher
 from engine.timer import Timer, TimerStatistics
+from engine.turns import Turns
 
 log = structlog.get_logger()
 
@@ -86,6 +88,7 @@ class Registry:
         clock: Clock,
         committer: Committer,
         timer: Timer,
+        turns: Turns,
         publisher: Publisher,
         load: Load,
         limits: Limits,
@@ -97,11 +100,13 @@ class Registry:
         self._ledger = ledger
         self._committer = committer
         self._timer = timer
+        self._turns = turns
         self._publisher = publisher
         self._limits = limits
         self._load = load
         self._actors: dict[DropId, DropActor] = {}
-        self._scopes: dict[DropId, trio.CancelScope] = {}
+        # Of drops that crashed: how long they rested before the last reload, and when that was.
+        self._rests: dict[DropId, tuple[float, float]] = {}
         self._out_of_service: dict[DropId, FaultCode] = {}
         self._finding = trio.Lock()
         self._restarts = 0
@@ -257,7 +262,6 @@ class Registry:
             self._start(drop, record.epoch)
 
     def _start(self, drop: Drop, epoch: int) -> None:
-        assert self._nursery is not None, "the registry is not open"
         drop_id = drop.terms.id
         actor = DropActor(
             drop,
@@ -266,6 +270,8 @@ class Registry:
             desk=self._committer,
             load=self._load,
             publish=self._publish,
+            ask_for_turn=self._turns.ask,
+            stopped=self._stopped,
             mailbox_max=self._limits.mailbox_max,
             urgent_max=self._limits.urgent_max,
             part_max=self._limits.part_max,
@@ -274,8 +280,7 @@ class Registry:
         self._actors[drop_id] = actor
         if drop.seq:
             self.board.show(drop)
-        actor.mailbox.nudge()
-        self._nursery.start_soon(self._supervise, actor)
+        actor.start()
 
     def _publish(self, drop_id: DropId, events: Sequence[Event]) -> None:
         """A part's events, all of which are in the drop's committed state already."""
@@ -288,37 +293,32 @@ class Registry:
 
     def _retire(self, drop_id: DropId) -> None:
         """End a drop's actor here: it was never born, or belongs to another engine."""
-        self._actors.pop(drop_id, None)
+        actor = self._actors.pop(drop_id, None)
+        if actor is not None:
+            actor.retire()
         self.board.forget(drop_id)
-        scope = self._scopes.pop(drop_id, None)
-        if scope is not None:
-            scope.cancel()
+        self._rests.pop(drop_id, None)
 
-    async def _supervise(self, actor: DropActor) -> None:
-        with trio.CancelScope() as scope:
-            if actor.drop_id not in self._actors:
-                return  # retired before it began
-            self._scopes[actor.drop_id] = scope
-            pause_s = RESTART_S
-            while True:
-                started_at = trio.current_time()
-                try:
-                    await actor.run()
-                except Exception as bug:
-                    log.error("drop_stopped", drop_id=actor.drop_id, reason=repr(bug), exc_info=bug)
-                if trio.current_time() - started_at > RESTART_MAX_S:
-                    pause_s = RESTART_S
-                await self._restart(actor, pause_s)
-                pause_s = min(2 * pause_s, RESTART_MAX_S)
-
-    async def _restart(self, actor: DropActor, pause_s: float) -> None:
-        """Reload a crashed drop from the ledger, if it is still ours; recovery after a start is the same code."""
+    def _stopped(self, actor: DropActor, bug: Exception) -> None:
+        assert self._nursery is not None, "the registry is not open"
+        log.error("drop_stopped", drop_id=actor.drop_id, reason=repr(bug), exc_info=bug)
         actor.stop_serving(FaultCode.RESTARTING)
         actor.restarts += 1
         self._restarts += 1
+        self._nursery.start_soon(self._restart, actor)
+
+    async def _restart(self, actor: DropActor) -> None:
+        """Reload a crashed drop from the ledger, if it is still ours; recovery after a start is the same code."""
+        rest_s, resumed_at = self._rests.get(actor.drop_id, (0.0, -math.inf))
+        is_new = trio.current_time() - resumed_at > RESTART_MAX_S
+        rest_s = RESTART_S if is_new else min(2 * rest_s, RESTART_MAX_S)
         await actor.landed()
+        pause_s = rest_s
         while True:
             await trio.sleep(pause_s)
+            if actor.is_retired:
+                return
+            self._rests[actor.drop_id] = rest_s, trio.current_time()
             try:
                 await self._reload(actor)
                 return
@@ -386,7 +386,8 @@ async def running(
     load = Load(limits.in_flight_max)
     committer = Committer(ledger, load, batch_max=limits.batch_max, stall_s=limits.stall_s)
     timer = Timer(clock)
-    registry = Registry(ledger, clock, committer, timer, publisher, load, limits)
+    turns = Turns()
+    registry = Registry(ledger, clock, committer, timer, turns, publisher, load, limits)
     committer.outage = registry
     # Every drop that can still change by itself. Before the nurseries: a failure comes out as it is, not in a group.
     records = await ledger.take_over(None)
@@ -394,6 +395,7 @@ async def running(
         committing.start_soon(committer.run)
         async with trio.open_nursery() as acting:
             acting.start_soon(timer.run)
+            acting.start_soon(turns.run)
             registry.open(acting, records)
             del records  # this frame lives as long as the engine, and a million holds are 8 MB of list
             try:

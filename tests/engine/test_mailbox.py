@@ -1,17 +1,23 @@
 """An actor's inbox: bounded, in order, and never deaf to a nudge."""
 
-from collections.abc import Callable
-from functools import partial
-
 import pytest
-import trio
-from trio.testing import MockClock, wait_all_tasks_blocked
 
 from engine.mailbox import Mailbox, MailboxFull, MailboxStatistics
 
 
+class Rung:
+    """A mailbox, and how often its reader was rung for."""
+
+    def __init__(self, waiting_max: int = 9, urgent_max: int = 9) -> None:
+        self.times = 0
+        self.mailbox: Mailbox[int] = Mailbox(self._ring, waiting_max, urgent_max)
+
+    def _ring(self) -> None:
+        self.times += 1
+
+
 def filled(waiting_max: int, *messages: int) -> Mailbox[int]:
-    mailbox: Mailbox[int] = Mailbox(waiting_max)
+    mailbox = Rung(waiting_max).mailbox
     for message in messages:
         mailbox.put_nowait(message)
     return mailbox
@@ -50,7 +56,7 @@ def test_what_is_put_back_comes_first_and_always_has_room() -> None:
 
 
 def test_the_side_door_is_taken_first_and_has_a_bound_of_its_own() -> None:
-    mailbox: Mailbox[int] = Mailbox(1, urgent_max=2)
+    mailbox = Rung(1, urgent_max=2).mailbox
     mailbox.put_nowait(1)
     mailbox.put_urgent_nowait(2)
     mailbox.put_urgent_nowait(3)
@@ -70,82 +76,67 @@ def test_statistics_remember_the_peak() -> None:
     assert mailbox.statistics() == MailboxStatistics(waiting=1, waiting_max=5, waiting_peak=3)
 
 
-async def test_a_message_wakes_the_reader(autojump_clock: MockClock) -> None:
-    mailbox: Mailbox[int] = Mailbox(9)
-    got: list[int] = []
-
-    async def read() -> None:
-        await mailbox.ready()
-        got.extend(mailbox.take(9))
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(read)
-        await wait_all_tasks_blocked()
-        assert got == []
-        mailbox.put_nowait(1)
-        mailbox.put_nowait(2)
-    assert got == [1, 2]
+def test_reader_that_listens_is_rung_for_once() -> None:
+    rung = Rung()
+    rung.mailbox.listen()
+    assert rung.times == 0
+    rung.mailbox.put_nowait(1)
+    rung.mailbox.put_nowait(2)
+    rung.mailbox.put_urgent_nowait(3)
+    rung.mailbox.nudge()
+    assert rung.times == 1
 
 
-@pytest.mark.parametrize("is_early", [True, False], ids=["before the reader waits", "while the reader waits"])
-async def test_a_nudge_wakes_the_reader_without_a_message_and_once(autojump_clock: MockClock, is_early: bool) -> None:
-    mailbox: Mailbox[int] = Mailbox(9)
-    if is_early:
-        mailbox.nudge()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(mailbox.ready)
-        await wait_all_tasks_blocked()
-        if not is_early:
-            mailbox.nudge()
-    with trio.move_on_after(1) as waiting:
-        await mailbox.ready()
-    assert waiting.cancelled_caught
+def test_reader_that_comes_late_is_rung_for_at_once() -> None:
+    rung = Rung()
+    rung.mailbox.put_nowait(1)
+    assert rung.times == 0
+    rung.mailbox.listen()
+    assert rung.times == 1
+    rung.mailbox.take(9)
+    rung.mailbox.listen()
+    assert rung.times == 1
 
 
-async def test_a_reader_that_listens_to_the_side_door_alone_lets_the_line_wait(autojump_clock: MockClock) -> None:
-    mailbox: Mailbox[int] = Mailbox(9, urgent_max=9)
-    with trio.move_on_after(1) as waiting:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(mailbox.ready, urgent_only=True))
-            await wait_all_tasks_blocked()
-            mailbox.put_nowait(1)
-    assert waiting.cancelled_caught
-    wakes: list[Callable[[], None]] = [partial(mailbox.put_urgent_nowait, 2), mailbox.nudge]
-    for wake in wakes:
-        with trio.fail_after(1):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(mailbox.ready, urgent_only=True))
-                await wait_all_tasks_blocked()
-                wake()
-        mailbox.take_urgent(9)
-    with trio.fail_after(1):
-        await mailbox.ready()  # and the line is still there
+def test_nudge_rings_without_a_message_and_is_heard_once() -> None:
+    rung = Rung()
+    rung.mailbox.nudge()
+    rung.mailbox.listen()
+    assert rung.times == 1
+    rung.mailbox.heard()
+    rung.mailbox.listen()
+    assert rung.times == 1
+    rung.mailbox.nudge()
+    assert rung.times == 2
 
 
-async def test_a_reader_that_never_waits_still_lets_others_run(autojump_clock: MockClock) -> None:
-    mailbox = filled(9, 1)
-    turns: list[str] = []
-
-    async def read() -> None:
-        for _ in range(3):
-            await mailbox.ready()
-            turns.append("read")
-
-    async def other() -> None:
-        for _ in range(3):
-            await trio.lowlevel.checkpoint()
-            turns.append("other")
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(read)
-        nursery.start_soon(other)
-    assert sorted(turns[:2]) == ["other", "read"]
+def test_nudge_after_the_reader_came_is_not_lost() -> None:
+    rung = Rung()
+    rung.mailbox.heard()
+    rung.mailbox.nudge()  # by the reader itself, for instance
+    rung.mailbox.listen()
+    assert rung.times == 1
 
 
-async def test_a_cancelled_reader_leaves_its_messages(autojump_clock: MockClock) -> None:
-    mailbox = filled(9, 1)
-    with trio.move_on_after(0) as scope:
-        scope.cancel()
-        await mailbox.ready()
-    assert scope.cancelled_caught
-    assert mailbox.take(9) == [1]
+def test_reader_that_listens_to_the_side_door_alone_lets_the_line_wait() -> None:
+    rung = Rung()
+    rung.mailbox.put_nowait(1)
+    rung.mailbox.listen(urgent_only=True)
+    rung.mailbox.put_nowait(2)
+    assert rung.times == 0
+    rung.mailbox.put_urgent_nowait(3)
+    assert rung.times == 1
+    rung.mailbox.take_urgent(9)
+    rung.mailbox.listen(urgent_only=True)
+    rung.mailbox.nudge()
+    assert rung.times == 2
+    rung.mailbox.heard()
+    rung.mailbox.listen()  # and the line is still there
+    assert rung.times == 3
+
+
+def test_what_is_put_back_rings() -> None:
+    rung = Rung()
+    rung.mailbox.listen()
+    rung.mailbox.put_back([1])
+    assert rung.times == 1
