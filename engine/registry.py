@@ -338,6 +338,7 @@ class Registry:
         drop = Drop.restored(record)
         self.board.show(drop)
         actor.resume(drop, record.epoch)
+        self._publisher.replace(drop_id)
         log.warning("drop_restarted", drop_id=drop_id, epoch=record.epoch, seq=record.seq)
 
     # What the committer tells ------------------------------------------------------------------------

@@ -113,10 +113,14 @@ class Stage:
         self.clock = clock
         self.answers: list[Answer] = []
         self.published: list[tuple[DropId, Event]] = []
-        publisher.subscribe(self._on_published)
+        self.replaced_drops: list[DropId] = []
+        publisher.subscribe(self)
 
-    def _on_published(self, drop_id: DropId, event: Event) -> None:
+    def committed(self, drop_id: DropId, event: Event) -> None:
         self.published.append((drop_id, event))
+
+    def replaced(self, drop_id: DropId) -> None:
+        self.replaced_drops.append(drop_id)
 
     def ask(self, command: Command, drop_id: DropId = DROP, receipt: Receipt | None = None) -> Answer:
         answer = Answer(command, drop_id, receipt, self)

@@ -234,11 +234,15 @@ async def test_who_was_committed_is_answered_though_the_engine_is_cancelled_at_t
             create = Create(terms(5_000), DropStatus.LIVE)
             await registry.wait_for(lambda reply: registry.create(create, reply))
 
-            def on_published(drop_id: DropId, event: Event) -> None:
-                told.append(event)
-                scope.cancel()
+            class Subscriber:
+                def committed(self, drop_id: DropId, event: Event) -> None:
+                    told.append(event)
+                    scope.cancel()
 
-            publisher.subscribe(on_published)
+                def replaced(self, drop_id: DropId) -> None:
+                    raise AssertionError
+
+            publisher.subscribe(Subscriber())
             for number in range(400):
                 registry.ask(DROP, reserve(UserId(f"user-{number}")), outcomes.append)
             await trio.sleep(0.01)
