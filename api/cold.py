@@ -12,7 +12,7 @@ keep-alive time limit does not fire after the first answer of a Quart-Trio app.
 import logging
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import trio
@@ -26,8 +26,9 @@ from quart_trio import QuartTrio
 
 from api import http1
 from api.hotlane import Connection
-from api.http1 import HEAD_MAX, Message
+from api.http1 import HEAD_MAX, HEAD_S, Message
 from api.settings import Settings
+from api.sockets import Sockets
 
 SILENCE_S: Final = 75  # after which a connection is closed; longer than any answer takes, shorter than NATs forget
 # Of a request's head, what the hot lane has seen to: how long its body is, and that the client has sent it.
@@ -37,7 +38,8 @@ READ_BEFORE: Final = frozenset((b"content-length", b"transfer-encoding", b"expec
 class ColdLane:
     """`open` it before it gets anything to do."""
 
-    def __init__(self, app: QuartTrio, settings: Settings) -> None:
+    def __init__(self, app: QuartTrio, settings: Settings, sockets: Sockets) -> None:
+        self._sockets = sockets
         self.config = config = Config()
         config.read_timeout = SILENCE_S
         config.keep_alive_timeout = SILENCE_S
@@ -100,6 +102,9 @@ class ColdLane:
     def take(self, sock: socket.socket, received: bytes) -> None:
         """Serve a connection to its end, of which `received` has been read already."""
         assert self._nursery is not None, "the lane is not open"
+        if self._sockets.wants(received):
+            self._sockets.take(sock, received)
+            return
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
         self._streams.add(stream)  # from now on it counts
         self._nursery.start_soon(self._serve, stream, BegunStream(stream, received))
@@ -109,15 +114,38 @@ class ColdLane:
         await trio.serve_listeners(self._serve_tls, listening, handler_nursery=self._nursery)
 
     async def _serve_tls(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
-        if len(self._streams) < self._connections_max:
-            await self._serve(stream.transport_stream, stream)
-        else:
+        if self.taken >= self._connections_max:
             await trio.aclose_forcefully(stream)  # an answer would cost a handshake
+            return
+        transport = stream.transport_stream
+        self._streams.add(transport)
+        try:
+            received = await self._begin(stream)
+            if received is None:
+                await trio.aclose_forcefully(stream)
+            elif self._sockets.wants(received):
+                await self._sockets.serve_stream(stream, transport, received)
+            else:
+                await self._serve(transport, BegunStream(stream, received))
+        finally:
+            self._streams.discard(transport)
+
+    async def _begin(self, stream: trio.SSLStream[trio.SocketStream]) -> bytes | None:
+        """What a peer says first, as far as it takes to see whether it asks for a viewer's socket."""
+        received = b""
+        with trio.move_on_after(HEAD_S), suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await stream.do_handshake()
+            while True:
+                some = await stream.receive_some()
+                received += some
+                if not some or b"\r\n\r\n" in received or len(received) >= HEAD_MAX:
+                    return received
+        return None
 
     @property
     def taken(self) -> int:
         """How many connections there are, beside those that the hot lane keeps."""
-        return len(self._streams)
+        return len(self._streams) + self._sockets.count
 
     async def _serve(self, transport: trio.SocketStream, stream: Any) -> None:
         self._streams.add(transport)
@@ -192,22 +220,21 @@ class OneRequest:
 
 
 class BegunStream:
-    """A socket whose first bytes were read already. Trio's own stream is final, so this hands on to one."""
+    """A stream whose first bytes were read already. Trio's own are final, so this hands on to one."""
 
-    def __init__(self, stream: trio.SocketStream, received: bytes) -> None:
-        self.socket = stream.socket
-        self.send_all = stream.send_all
-        self.send_eof = stream.send_eof
-        self.aclose = stream.aclose
-        self._receive_some = stream.receive_some
+    def __init__(self, stream: trio.SocketStream | trio.SSLStream[trio.SocketStream], received: bytes) -> None:
+        self._stream = stream
         self._received = received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         received, self._received = self._received, b""
         if received:
             await trio.lowlevel.checkpoint()
             return received
-        return await self._receive_some(max_bytes)
+        return await self._stream.receive_some(max_bytes)
 
 
 def _whole(message: Message, *, is_last: bool) -> bytes:

@@ -18,6 +18,7 @@ from api.cold import ColdLane
 from api.handlers import Gate
 from api.hotlane import HotLane
 from api.settings import Settings
+from api.sockets import Sockets
 
 log = structlog.get_logger()
 
@@ -72,7 +73,8 @@ class Front:
             CertificateUnusable: the files of TLS can't be read, or don't belong together.
         """
         make_room(settings.connections_max)
-        self._cold = ColdLane(app, settings)
+        self._sockets = Sockets(settings, gate)
+        self._cold = ColdLane(app, settings, self._sockets)
         self._hot = HotLane(settings, gate, self._cold)
         self._tls = None
         if settings.tls_certfile is not None:
@@ -87,6 +89,7 @@ class Front:
     async def open(self, listening: list[socket.socket]) -> AsyncIterator[None]:
         """Serve `listening` until the block ends; end it with `drain`."""
         async with self._cold.open(), trio.open_nursery() as nursery:
+            await nursery.start(self._sockets.run)
             if self._tls is None:
                 await nursery.start(self._hot.run, listening)
             else:
@@ -99,6 +102,7 @@ class Front:
         """Accept no more connections."""
         self._hot.close_door()
         self._accepting.cancel()
+        self._sockets.stop()
 
     async def drain(self, at_most_s: float) -> None:
         """Let what was asked be answered, and close; after `at_most_s` cut what is left."""
@@ -107,12 +111,14 @@ class Front:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._hot.drain)
                 nursery.start_soon(self._cold.drain)
+                nursery.start_soon(self._sockets.drain)
         self.cut()
 
     def cut(self) -> None:
         """Close every connection under whoever is using it."""
         self._hot.cut()
         self._cold.cut()
+        self._sockets.cut()
 
     async def _accept_tls(self, listening: list[socket.socket]) -> None:
         assert self._tls is not None

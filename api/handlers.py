@@ -21,6 +21,7 @@ from api.ids import IdSource
 from api.promises import Errands, Handling, Promise, in_trio
 from api.settings import Settings
 from engine.drop import Drop
+from engine.hub import Hub
 from engine.ledger import Unavailable
 from engine.model import (
     Cancel,
@@ -79,6 +80,7 @@ class Service(msgspec.Struct, frozen=True):
     keys: KeyBook
     ids: IdSource
     errands: Errands
+    hub: Hub
     started_at: float  # Trio's clock, s
 
     async def ping(self) -> None:
@@ -162,7 +164,7 @@ async def list_drops(service: Service, request: Request) -> Answer:
 
 
 async def show_drop(service: Service, request: Request) -> Answer:
-    state = await in_trio(_drop(service, _drop_id(request)))
+    state = await in_trio(find_drop(service, _drop_id(request)))
     return answers.success(200, answers.drop(state), request.request_id)
 
 
@@ -276,7 +278,7 @@ async def _buyer(service: Service, request: Request) -> tuple[Caller, DropId]:
     if request.body:
         schemas.body(schemas.Nothing, request.headers.get("content-type"), request.body)
     if not is_known:
-        await _drop(service, drop_id)
+        await find_drop(service, drop_id)
     return caller, drop_id
 
 
@@ -350,11 +352,11 @@ async def _why_not_on_board(service: Service, caller: Caller, reservation_id: Re
         return errors.refused(RefusalCode.RESERVATION_EXPIRED)
     if row.status is not ReservationStatus.ACTIVE:
         return errors.refused(RefusalCode.RESERVATION_NOT_ACTIVE)
-    await _drop(service, row.drop_id)  # it is held, but its drop is out of service here: this says how
+    await find_drop(service, row.drop_id)  # it is held, but its drop is out of service here: this says how
     return errors.fault(FaultCode.RESTARTING)
 
 
-async def _drop(service: Service, drop_id: DropId) -> Drop:
+async def find_drop(service: Service, drop_id: DropId) -> Drop:
     """The drop's committed state, loaded if it is not in memory.
 
     Raises:

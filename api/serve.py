@@ -28,6 +28,7 @@ from api.ids import IdSource
 from api.promises import Errands
 from api.settings import AuthMode, Settings
 from engine.clock import Clock
+from engine.hub import Hub
 from engine.ledger import Unavailable
 from engine.model import Instant
 from engine.publisher import Publisher
@@ -142,7 +143,11 @@ async def _engine(settings: Settings, storage: Storage) -> AsyncIterator[Service
     users = UserDirectory(lambda strangers: reads.introduce(strangers, create=may_create, at=clock.now()))
     keep_ms = settings.idempotency_keep_hours * MS_PER_HOUR
     known_keys = await reads.keys_since(Instant(0))
-    async with running(storage.ledger, clock, Publisher(), settings.limits) as registry, trio.open_nursery() as nursery:
+    publisher = Publisher()
+    async with running(storage.ledger, clock, publisher, settings.limits) as registry, trio.open_nursery() as nursery:
+        hub = Hub(registry.board, lambda drop_id, seq, most: reads.history(drop_id, after_seq=seq, limit=most))
+        publisher.subscribe(hub)
+        nursery.start_soon(hub.run)
         errands = Errands(nursery)
         # Every row that there is, and for as long as one can be: a key that the book has forgotten while its row still
         # stands would be taken for a new one, and its row's key would reject the part that brings it.
@@ -159,6 +164,7 @@ async def _engine(settings: Settings, storage: Storage) -> AsyncIterator[Service
             keys=keys,
             ids=IdSource(clock.now),
             errands=errands,
+            hub=hub,
             started_at=trio.current_time(),
         )
         nursery.cancel_scope.cancel()

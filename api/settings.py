@@ -104,6 +104,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Whether pages of this origin (an `Origin` header) may call us from a browser."""
         return "*" in self.cors_origins or origin in self.cors_origins
 
+    def allows_page(self, origin: str | None, host: str) -> bool:
+        """Whether a socket may be opened: by no page, by one of our own (`Host` names us), or by an allowed one."""
+        return origin is None or urlsplit(origin).netloc == host or self.allows_origin(origin)
+
     def __repr__(self) -> str:
         return f"Settings({', '.join(f'{row.name}={row.value}' for row in shown(self))})"
 

@@ -1,8 +1,8 @@
 """The hub: committed events, on their way to everybody who watches.
 
-`committed` is synchronous and short: it notes the event and rings. A pass, at most 20 times a second, tells each drop's
-viewers what has changed since the pass before: of its stock only the newest, of everything else each event. What is told
-is encoded once for each kind of client, and leaves in slices, with other tasks between them.
+`committed` is synchronous and short: it notes the event and rings. A pass, at most 20 times a second, tells each
+drop's viewers what has changed since the pass before: of its stock only the newest, of everything else each event.
+What is told is encoded once for each kind of client, and leaves in slices, with other tasks between them.
 
     in step       a viewer has heard every pass so far: it costs one `send` a pass, and nothing is kept for it
     marked        for some drops it has heard less (it was busy, it has just come, it came back with a position):

@@ -21,6 +21,7 @@ from api.front import listen
 from api.handlers import Gate, Request
 from api.hotlane import HotLane
 from api.promises import Promise
+from api.sockets import Sockets
 from tests.ports import free_port
 
 ID: Final = "0199c2f0-0000-7000-8000-000000000000"
@@ -111,7 +112,7 @@ def running(has_epoll: bool) -> Running:
     @asynccontextmanager
     async def run(**given: str) -> AsyncIterator[Lane]:
         chosen, gate = settings.load(given, None), Gate()
-        cold = ColdLane(create_app(chosen, gate), chosen)
+        cold = ColdLane(create_app(chosen, gate), chosen, Sockets(chosen, gate))
         hot = HotLane(chosen, gate, cold, has_epoll=has_epoll)
         listening = listen("127.0.0.1", free_port())
         for one in listening:
