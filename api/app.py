@@ -7,6 +7,7 @@ hanging.
 
 import time
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import nullcontext
 from typing import Any
 
 import structlog
@@ -20,7 +21,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers.request import TrioRequest
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, RequestTimeout
 
-from api import answers, errors, schemas
+from api import answers, errors, live, pages, schemas
 from api.answers import JSON, Answer
 from api.errors import ApiError
 from api.handlers import Gate, Request, patiently
@@ -107,8 +108,11 @@ class AnsweredConnection(TrioASGIHTTPConnection):
 
     async def _send_response(self, send: ASGISendCallable, response: ResponseTypes) -> None:
         # Over HTTP/2 it may wait for the peer's window, for ever if that peer is gone.
-        with trio.CancelScope(shield=self.scope["http_version"] != "2"):
-            await super()._send_response(send, response)
+        streaming = getattr(response, "streaming", None) or nullcontext
+        has_end = streaming is nullcontext
+        with trio.CancelScope(shield=has_end and self.scope["http_version"] != "2"):
+            async with streaming():
+                await super()._send_response(send, response)
 
 
 def create_app(settings: Settings, gate: Gate) -> QuartTrio:
@@ -129,6 +133,9 @@ def create_app(settings: Settings, gate: Gate) -> QuartTrio:
     for base in ("", *BASE_PATHS):
         app.add_url_rule(f"{base}/healthz", f"{base}/healthz", _healthz, methods=["GET"])
         app.add_url_rule(f"{base}/readyz", f"{base}/readyz", _readyz(gate), methods=["GET"])
+    for path in live.PATHS:
+        app.add_url_rule(path, path, _live, methods=["GET"])
+    pages.register(app, settings)
     app.before_request(_begin)
     app.before_websocket(_begin_websocket)
     app.after_request(_finisher(settings))
@@ -158,6 +165,11 @@ def _view(gate: Gate, route: Route) -> Callable[..., Awaitable[Response]]:
 async def _healthz() -> Response:
     """The process lives; whether it can work is `/readyz`."""
     return _response(answers.success(200, {"status": "up"}, g.request_id))
+
+
+async def _live() -> Response:
+    """A viewer who asks for its socket does not come here (`api.sockets`)."""
+    raise live.upgrade_required()
 
 
 def _readyz(gate: Gate) -> Callable[[], Awaitable[Response]]:
@@ -198,7 +210,7 @@ def _finisher(settings: Settings) -> Callable[[Response], Awaitable[Response]]:
     async def finish(response: Response) -> Response:
         response.headers["X-Request-Id"] = g.request_id
         response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Cache-Control"] = "no-store"
+        response.headers.setdefault("Cache-Control", "no-store")  # but what says otherwise itself: the page
         _allow_origin(settings, response)
         if isinstance(request.body, DrainedBody) and request.body.is_cut:
             response.headers["Connection"] = "close"
