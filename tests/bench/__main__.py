@@ -2,11 +2,13 @@
 
     python -m tests.bench                                   all scenarios, five alternating rounds, with the baseline
     python -m tests.bench hot soldout --rounds 3 --no-baseline
+    python -m tests.bench viewers --viewers 200,4000 --no-rivals
     python -m tests.bench --url https://staging.example --users ids.txt hot rate --rate 500
 
-Without `--url` it starts a PostgreSQL of its own (fsync on), `holdfast serve` and the two baselines, each in processes
-of their own, and audits the database at the end. With `--url` it uses HTTP only. Exits with 1 when an answer was wrong
-or missing, or an invariant is broken; a promised figure that was missed is said, and is no failure.
+Without `--url` it starts a PostgreSQL of its own (fsync on), `holdfast serve`, the two baselines and, for viewers, two
+other servers of WebSockets, each in processes of their own, and audits the databases at the end. With `--url` it uses
+HTTP only, and leaves viewers out unless their scenarios are named. Exits with 1 when an answer was wrong or missing, or
+an invariant is broken; a promised figure that was missed is said, and is no failure.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +33,8 @@ from psycopg import sql
 
 from persistence import audit, migrate
 from persistence.embedded import EmbeddedServer, forget_pg_variables, running
-from tests.bench import goals, report, targets
+from tests.bench import audience, goals, report, targets
+from tests.bench.generator import raise_descriptor_limit
 from tests.bench.job import Users
 from tests.bench.results import FORMAT, Audit, Report, Run
 from tests.bench.scenarios import BASELINE_SCENARIOS, LEAD_S, SCENARIOS, Options, Stage, is_up
@@ -42,13 +45,24 @@ ROOT: Final = Path(__file__).parents[2]
 WRONG: Final = 1
 UNUSABLE: Final = 2
 SHORT_HOLD_S: Final = 2
+VIEWERS_ALONE: Final = ("viewers", "wire", "stalled")  # run on servers of their own
+VIEWERS_NOTES: Final = (
+    "Viewers: one process is all of them, and asks for the updates, so that one clock times both. In `viewers` each"
+    " server is asked by an HTTP POST of the same size, and tells all a text of the same length. Holdfast's times"
+    ' include a reserve and its durable commit, its rivals\' only the making of the text; "first to last ms" leaves'
+    " that out. Its server's CPU includes all but PostgreSQL's.",
+    "In `watched` the viewers' sockets are emptied twice a second, so that they take little of the cores from the"
+    " server; figures say what share they took.",
+)
 OTHERS_CORES_MAX: Final = 0.15  # of CPU that went elsewhere: our own display and the kernel's threads take 0.05 or so
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     options = Options(
-        scenarios=tuple(asked.scenario or SCENARIOS),
+        scenarios=tuple(
+            asked.scenario or [name for name in SCENARIOS if not (asked.url and name in audience.FAMILIES)]
+        ),
         rounds=asked.rounds,
         seconds=asked.seconds,
         connections=asked.connections,
@@ -60,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         patience_s=asked.patience,
         users_max=asked.users_max,
         seed=asked.seed,
+        viewers=asked.viewers,
     )
+    raise_descriptor_limit()  # of the servers too, which are our children
     bench = Bench(options, asked)
     try:
         bench.run()
@@ -100,14 +116,23 @@ class Bench:
 
     def _run_here(self) -> None:
         forget_pg_variables()
-        with tempfile.TemporaryDirectory(prefix="holdfast-bench-") as name, ExitStack() as stack:
+        with tempfile.TemporaryDirectory(prefix="holdfast-bench-") as name, running(Path(name)) as postgres:
             directory = Path(name)
-            postgres = stack.enter_context(running(directory))
             migrate.upgrade(postgres.dsn)
             self.versions |= {"holdfast": version("holdfast"), "trio": version("trio")}
             self.versions["postgresql"] = _ask_postgres(postgres.dsn, "SHOW server_version")
             targets.introduce(postgres.dsn, self.stage.users, 0, self.options.users_max)
             (maker,) = self.stage.users.ids(0, 1)
+            if set(self.options.scenarios) - {"journey", *VIEWERS_ALONE}:
+                self._together_here(postgres, directory, maker)
+            if set(VIEWERS_ALONE) & set(self.options.scenarios):
+                self._viewers_here(postgres, directory)
+            if "journey" in self.options.scenarios:
+                self._journey_here(postgres, directory)
+
+    def _together_here(self, postgres: EmbeddedServer, directory: Path, maker: str) -> None:
+        """What one Holdfast and the baselines are asked in turns."""
+        with ExitStack() as stack:
             opened = [
                 stack.enter_context(targets.holdfast(postgres.dsn, postgres.pid, directory / "holdfast.log", maker))
             ]
@@ -124,8 +149,6 @@ class Bench:
             self._say_conditions(len(opened) > 1)
             self._rounds(opened, postgres)
             self._audit(postgres.dsn, "holdfast")
-            if "journey" in self.options.scenarios:
-                self._journey_here(postgres, directory)
 
     def _say_conditions(self, has_baseline: bool) -> None:
         self.notes += [
@@ -141,8 +164,39 @@ class Bench:
                 " other numbers gave, and --baseline-pool tries another."
             )
 
+    def _viewers_here(self, postgres: EmbeddedServer, directory: Path) -> None:
+        """Each run on a server of its own, so that its memory is its viewers'; on a database of their own."""
+        rivals, versions, notes = audience.rivals() if self.asked.rivals else ({}, {}, [])
+        _ask_postgres(postgres.dsn, "CREATE DATABASE viewers")
+        dsn = postgres.dsn_of("viewers")
+        migrate.upgrade(dsn)
+        targets.introduce(dsn, self.stage.users, 0, audience.USERS)
+        (maker,) = self.stage.users.ids(0, 1)
+
+        def holdfast(directory: Path) -> AbstractContextManager[Target]:
+            return targets.holdfast(dsn, postgres.pid, directory / "viewers.log", maker)
+
+        plan = []
+        for family in (name for name in VIEWERS_ALONE if name in self.options.scenarios):
+            opened = {"holdfast": holdfast, **(rivals if family == "viewers" else {})}
+            for scenario in audience.expanded(family, self.options.viewers):
+                plan += [(scenario, name, opening) for name, opening in opened.items()]
+        if rivals and "viewers" in self.options.scenarios:
+            self.versions |= versions
+        self.notes += [*notes, *VIEWERS_NOTES]
+        self.has_begun = True
+        with self.screen.showing(len(plan) * self.options.rounds):
+            for number in range(1, self.options.rounds + 1):
+                _ask_postgres(postgres.dsn, "CHECKPOINT")
+                for scenario, name, opening in plan:
+                    self.screen.begin(f"round {number}: {scenario}, {name}", self.options.seconds + 0.5)
+                    with opening(directory) as target:
+                        self.runs.append(self.stage.measure(scenario, target, number))
+        self._audit(dsn, "viewers")
+
     def _journey_here(self, postgres: EmbeddedServer, directory: Path) -> None:
         """With holds that run out while one looks, so on a server and a database of its own."""
+        self.has_begun = True
         _ask_postgres(postgres.dsn, "CREATE DATABASE journey")
         dsn = postgres.dsn_of("journey")
         migrate.upgrade(dsn)
@@ -160,7 +214,9 @@ class Bench:
 
     def _rounds(self, opened: list[Target], postgres: EmbeddedServer | None) -> None:
         self.has_begun = True
-        wanted = [name for name in SCENARIOS if name in self.options.scenarios and name != "journey"]
+        elsewhere = ("journey", *(VIEWERS_ALONE if postgres is not None else ()))
+        families = [name for name in SCENARIOS if name in self.options.scenarios and name not in elsewhere]
+        wanted = [name for family in families for name in self._expanded(family)]
         plan = [
             (scenario, target)
             for scenario in wanted
@@ -178,6 +234,9 @@ class Bench:
                 for scenario, target in plan:
                     self.screen.begin(f"round {number}: {scenario}, {target.name}", self.options.seconds + 0.5)
                     self.runs.append(self.stage.measure(scenario, target, number))
+
+    def _expanded(self, family: str) -> list[str]:
+        return audience.expanded(family, self.options.viewers) if family in audience.FAMILIES else [family]
 
     def _audit(self, dsn: str, name: str) -> None:
         results = audit.run(dsn)
@@ -272,6 +331,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--patience", type=float, default=6.0, help="s for which they look for a unit")
     parser.add_argument("--users-max", type=int, default=150_000, help="different users that a run may use")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--viewers", type=_counts, default="200,1000,4000", help="of the scenarios about them")
+    parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True, help="beside `viewers`")
     parser.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True, help="FastAPI beside it")
     parser.add_argument("--baseline-pool", type=int, default=5, help="its connections to PostgreSQL")
     parser.add_argument("--report", default=str(ROOT / ".bench"), help="directory of results.json and report.html")
@@ -280,6 +341,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--users", help="with --url: a file of user ids, one a line; without it they are made up")
     parser.add_argument("--database-url", help="with --url: audit this database at the end")
     return parser
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    counts = tuple(int(one) for one in text.split(","))
+    if min(counts) < 1:
+        raise ValueError
+    return counts
 
 
 def _ask_postgres(dsn: str, statement: str) -> str:

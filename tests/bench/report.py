@@ -19,13 +19,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from tests.bench.results import Goal, Report, Run, histogram_of
-from tests.bench.screen import cores, groups, median_ms, wrong
+from tests.bench.screen import cores, figures_of_viewers, groups, is_about_viewers, median_ms, wrong
 
 LABELS: Final = {
     "holdfast": "Holdfast",
     "cte": "FastAPI, one CTE statement",
     "classic": "FastAPI, classic transaction",
     "server": "the server",
+    "bare": "bare send in a loop: the limit",
+    "broadcast": "Python websockets, broadcast()",
+    "ws": "Node ws",
+    "ws-frame": "Node ws, one prepared frame",
 }
 INK: Final = "#010203"  # stands for the page's text colour in a drawing
 # Okabe and Ito's palette: what a line is drawn in, and its name in the page's style.
@@ -64,6 +68,7 @@ def html(report: Report) -> str:
         "<h2>All scenarios</h2><p>Medians of the rounds. Server, PostgreSQL and load: cores' worth of CPU that each"
         " used; share: the load generators' part of all three; others: cores that went to what else ran here.</p>",
         _runs(report),
+        *_viewers(report),
         *_journeys(report),
         "<h2>Answers, checked</h2><p>Warm-ups included. Each answer was read in full after its run.</p>",
         _checks(report),
@@ -279,7 +284,7 @@ def _goals(goals: Sequence[Goal]) -> str:
     rows = [
         (
             goal.name,
-            f"{'≥' if goal.is_least else '≤'} {goal.bound:g} {goal.unit}",
+            goal.promised,
             f"{goal.median:.2f} {goal.unit}",
             f"{min(goal.seen):.2f} to {max(goal.seen):.2f}",
             _mark("holds" if goal.holds else "missed", goal.holds),
@@ -293,6 +298,8 @@ def _runs(report: Report) -> str:
     headings = ("scenario", "target", "rounds", "per s", "least to most", "p50 ms", "p99 ms", "p99.9 ms", "max ms")
     rows = []
     for (scenario, target), runs in groups(report).items():
+        if is_about_viewers(scenario):
+            continue
         rates = [run.per_s for run in runs]
         shares = [run.generator_share for run in runs if run.generator_share is not None]
         others = [run.others_cores for run in runs if run.others_cores is not None]
@@ -310,6 +317,16 @@ def _runs(report: Report) -> str:
             )
         )
     return _table((*headings, "server", "PostgreSQL", "load", "share", "others"), rows)
+
+
+def _viewers(report: Report) -> Iterable[str]:
+    tables = [
+        f"<h3>{_text(title)}</h3>{_table(headings, [[row[0], LABELS.get(row[1], row[1]), *row[2:]] for row in rows])}"
+        for title, headings, rows in figures_of_viewers(report)
+    ]
+    if tables:
+        yield "<h2>Viewers</h2>"
+        yield from tables
 
 
 def _journeys(report: Report) -> Iterable[str]:

@@ -66,7 +66,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     bucket_s: float
     over_time: list[Moment]
     stock: list[tuple[float, int]]  # (at_s, units), as the answers or a poll told it
-    cpu_s: dict[str, float]  # in the window: generator, server, postgres; machine is everything on it
+    cpu_s: dict[str, float]  # in the window: generator, server, postgres, viewers; machine is everything on it
     rss_bytes: tuple[int, int] | None  # of the server, before the first request and after the last answer
     checked: dict[str, int]
     failed: int
@@ -108,7 +108,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def _of_ours(self) -> float:
-        return sum(self.load.cpu_s.get(name, 0.0) for name in ("generator", "server", "postgres"))
+        return sum(self.load.cpu_s.get(name, 0.0) for name in ("generator", "server", "postgres", "viewers"))
 
 
 class Goal(msgspec.Struct, frozen=True):
@@ -119,6 +119,7 @@ class Goal(msgspec.Struct, frozen=True):
     is_least: bool  # whether `bound` is the least or the most that is allowed
     bound: float
     seen: list[float]
+    far: float | None = None  # what we would like to reach
 
     @property
     def median(self) -> float:
@@ -127,6 +128,11 @@ class Goal(msgspec.Struct, frozen=True):
     @property
     def holds(self) -> bool:
         return self.median >= self.bound if self.is_least else self.median <= self.bound
+
+    @property
+    def promised(self) -> str:
+        far = "" if self.far is None else f" (far {self.far:g})"
+        return f"{'≥' if self.is_least else '≤'} {self.bound:g} {self.unit}{far}"
 
 
 class Audit(msgspec.Struct, frozen=True):

@@ -8,16 +8,19 @@
     pairs      journeys without a thought: reserve, then at once purchase, on the same connection
     rate       hot, open loop, latency from the intended start
     retry      hot with an Idempotency-Key each; a fifth is sent twice, half of these at the same time
+    viewers, watched, wire, stalled   with viewers who watch it live; see `tests.bench.audience`
     journey    a crowd at `starts_at`; see `tests.bench.journey`
 
 A crowd reserves what it can at full speed in all others, on the same number of connections.
 """
 
+import dataclasses
 import queue
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
@@ -25,13 +28,24 @@ from typing import Any, Final, Literal
 import httpx
 import msgspec
 
-from tests.bench import generator, targets
+from tests.bench import audience, generator, targets
 from tests.bench.job import REQUESTS_MAX, Crowd, Job, Plan, Users
 from tests.bench.results import Load, Run, together
 from tests.bench.screen import Screen
 from tests.bench.targets import Target, Unusable
 
-SCENARIOS: Final = ("hot", "noop", "strangers", "many", "soldout", "pairs", "rate", "retry", "journey")
+SCENARIOS: Final = (
+    "hot",
+    "noop",
+    "strangers",
+    "many",
+    "soldout",
+    "pairs",
+    "rate",
+    "retry",
+    *audience.FAMILIES,
+    "journey",
+)
 BASELINE_SCENARIOS: Final = ("hot", "many", "soldout")  # what the baselines are measured with too
 STOCK: Final = 100_000_000
 DROPS: Final = 1_000
@@ -59,6 +73,7 @@ class Options:
     patience_s: float = 6.0
     users_max: int = 150_000
     seed: int = 1
+    viewers: tuple[int, ...] = (200, 1_000, 4_000)
 
 
 @dataclass
@@ -71,12 +86,14 @@ class Stage:
     peaks: dict[str, float] = field(default_factory=dict)  # answers per s, the best seen so far, by target
     pool: int = 0  # users whom Holdfast knows
     strangers_from: int = 0
+    frame_bytes: int = audience.FRAME_BYTES  # of Holdfast's newest text for one reserve
 
     # --- one run -------------------------------------------------------------------------------------
 
     def measure(self, scenario: str, target: Target, number: int) -> Run:
-        """One scenario on one target in round `number`."""
-        perform = {
+        """One scenario on one target in round `number`; behind some names stands a number of viewers."""
+        name, _, count = scenario.partition(" ")
+        perform: Callable[[Target, int], Load] = {
             "hot": self._hot,
             "noop": self._noop,
             "strangers": self._strangers,
@@ -85,8 +102,12 @@ class Stage:
             "pairs": self._pairs,
             "rate": self._rate,
             "retry": self._retry,
+            "viewers": lambda target, number: self._viewers(target, int(count)),
+            "watched": lambda target, number: self._watched(target, number, int(count)),
+            "wire": lambda target, number: self._paced(target, number, float(count), 0),
+            "stalled": lambda target, number: self._paced(target, number, audience.PACE, int(count)),
             "journey": self._journey,
-        }[scenario]
+        }[name]
         load = perform(target, number)
         if scenario == "hot":
             self.peaks[target.name] = load.done / load.seconds
@@ -150,6 +171,47 @@ class Stage:
         load = self._run(target, number, plan, "201")
         replays = load.checked.get("replays are the first answer", 0)
         return self._stock_holds(target, drop, load, replays)
+
+    def _viewers(self, target: Target, count: int) -> Load:
+        load = audience.passes(target, self.users, count, self.options.seconds, self.frame_bytes)
+        if target.trigger is None:
+            self.frame_bytes = round(load.figures["text_bytes"]) or self.frame_bytes
+        return load
+
+    def _watched(self, target: Target, number: int, count: int) -> Load:
+        drop = target.new_drop(STOCK)
+        plan = self._by_all((drop,))
+        if not count:
+            load = self._stock_holds(target, drop, self._run(target, number, plan, "201"))
+            return msgspec.structs.replace(load, figures=load.figures | {"reserves_per_s": load.done / load.seconds})
+        with audience.draining(target, drop, self.users, count) as watching:
+            seen = dataclasses.replace(target, watched={**target.watched, "viewers": watching.pid})
+            load = self._run(seen, number, plan, "201")
+            left = target.available(drop)
+            watched = watching.end()
+        audience.settle()
+        failures = list(watched.failures)
+        if not failures and watched.figures["newest_stock"] != left:
+            failures.append(f"viewers were told of {watched.figures['newest_stock']:.0f} units last, of {left}")
+        load = self._stock_holds(target, drop, load)
+        load = msgspec.structs.replace(
+            load,
+            checked=load.checked | watched.checked,
+            figures=load.figures
+            | {
+                "reserves_per_s": load.done / load.seconds,
+                "viewers": float(count),
+                "share_of_cpu_of_viewers": load.cpu_s["viewers"] / used if (used := _of_all(load)) else 0.0,
+                "frames_per_viewer_per_s": watched.figures["frames_per_viewer"] / watched.seconds,
+            },
+        )
+        for failure in failures:
+            load = _with_failure(load, failure)
+        return load
+
+    def _paced(self, target: Target, number: int, rate: float, heavies: int) -> Load:
+        seed = self.options.seed * 1_000 + number
+        return audience.paced(target, self.users, self.options.seconds, rate, heavies, seed)
 
     def _journey(self, target: Target, number: int) -> Load:
         options = self.options
@@ -283,6 +345,10 @@ class Stage:
         if is_certain:
             load.checked["stock is what was not given out"] = 1
         return load
+
+
+def _of_all(load: Load) -> float:
+    return sum(used for name, used in load.cpu_s.items() if name != "machine")
 
 
 def _settled(target: Target, drop: str, wanted: int, patience_s: float) -> int:

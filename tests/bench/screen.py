@@ -1,8 +1,9 @@
 """What people see: a line and two bars while it runs, tables at the end. Nothing is redrawn when nobody looks."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -11,6 +12,46 @@ from rich.table import Table
 from tests.bench.results import Audit, Goal, Report, Run
 
 SPARKS = " ▁▂▃▄▅▆▇█"
+PACED: Final = {
+    "p50 ms": "answer_to_frame_p50_ms",
+    "p99 ms": "answer_to_frame_p99_ms",
+    "from request, p50": "request_to_frame_p50_ms",
+    "p99": "request_to_frame_p99_ms",
+    "server grew KiB": "rss_kib_grown",
+    "unread KiB": "unread_kib",
+}
+# Of each family of scenarios about viewers: the title, and the figures that are shown, by their headings.
+VIEWERS: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
+    "viewers": (
+        "One update to all viewers, from its request: medians of the rounds",
+        {
+            "last ms": "last_ms",
+            "middle ms": "middle_ms",
+            "first to last": "first_to_last_ms",
+            "answered": "answered_ms",
+            "CPU µs/frame": "server_cpu_us_per_frame",
+            "viewers' µs": "client_cpu_us_per_frame",
+            "KiB/viewer": "rss_kib_per_viewer",
+            "bytes": "text_bytes",
+        },
+    ),
+    "watched": (
+        "Reserves while viewers watch the drop: medians of the rounds",
+        {
+            "reserves/s": "reserves_per_s",
+            "frames/s each": "frames_per_viewer_per_s",
+            "viewers' share of CPU": "share_of_cpu_of_viewers",
+        },
+    ),
+    "wire": (
+        "From an update's answer to its frame, 100 viewers, so many updates a second: medians of the rounds",
+        PACED,
+    ),
+    "stalled": (
+        "The same at 20 a second without and with one viewer more, who watches 300 drops and never reads",
+        PACED,
+    ),
+}
 
 
 class Screen:
@@ -64,7 +105,15 @@ class Screen:
     # --- at the end ----------------------------------------------------------------------------------
 
     def summary(self, report: Report) -> None:
-        self.console.print(runs_table(report))
+        if any(not is_about_viewers(run.scenario) for run in report.runs):
+            self.console.print(runs_table(report))
+        for title, headings, rows in figures_of_viewers(report):
+            table = Table(title=title)
+            for number, heading in enumerate(headings):
+                table.add_column(heading, justify="right" if number > 1 else "left", no_wrap=True)
+            for row in rows:
+                table.add_row(*row)
+            self.console.print(table)
         if report.goals:
             self.console.print(goals_table(report.goals))
         if report.audits:
@@ -101,6 +150,8 @@ def runs_table(report: Report) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("wrong")
     for (scenario, target), runs in groups(report).items():
+        if is_about_viewers(scenario):
+            continue
         rates = [run.per_s for run in runs]
         shares = [run.generator_share for run in runs if run.generator_share is not None]
         table.add_row(
@@ -114,6 +165,36 @@ def runs_table(report: Report) -> Table:
             ", ".join(sorted({wrong(run) for run in runs} - {""})),
         )
     return table
+
+
+def is_about_viewers(scenario: str) -> bool:
+    """Whether its figures say everything; of the others the rate and the latencies count."""
+    return scenario.partition(" ")[0] in ("viewers", "wire", "stalled")
+
+
+def figures_of_viewers(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """For each family of scenarios about viewers: title, headings, and rows of medians."""
+    for family, (title, figures) in VIEWERS.items():
+        found = {key: runs for key, runs in groups(report).items() if key[0].partition(" ")[0] == family}
+        shown = {
+            heading: name
+            for heading, name in figures.items()
+            if any(name in run.load.figures for runs in found.values() for run in runs)
+        }
+        rows = [
+            [scenario, target, *(_median_of(runs, name) for name in shown.values())]
+            for (scenario, target), runs in found.items()
+        ]
+        if rows:
+            yield title, ["scenario", "target", *shown], rows
+
+
+def _median_of(runs: Sequence[Run], name: str) -> str:
+    values = [run.load.figures[name] for run in runs if name in run.load.figures]
+    if not values:
+        return ""
+    middle = statistics.median(values)
+    return f"{middle:,.2f}" if abs(middle) < 100 and middle != int(middle) else f"{middle:,.0f}"
 
 
 def median_ms(runs: Sequence[Run], name: str) -> float:
@@ -135,7 +216,7 @@ def goals_table(goals: Sequence[Goal]) -> Table:
     for goal in goals:
         table.add_row(
             goal.name,
-            f"{'≥' if goal.is_least else '≤'} {goal.bound:g} {goal.unit}",
+            goal.promised,
             f"{goal.median:.2f} {goal.unit}",
             f"{min(goal.seen):.2f} to {max(goal.seen):.2f}",
             "[green]yes[/]" if goal.holds else "[red]no[/]",

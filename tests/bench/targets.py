@@ -4,6 +4,7 @@ Each runs in processes of its own and is left alone while another one is measure
 """
 
 import os
+import socket
 import subprocess
 import time
 import uuid
@@ -41,6 +42,7 @@ class Target:
     watched: dict[str, int] = field(default_factory=dict)
     dsn: str | None = None
     maker: str = ""  # the user who makes drops
+    trigger: int | None = None  # of a rival that knows viewers alone: the port at which it is asked for an update
     client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30))
 
     @property
@@ -109,10 +111,17 @@ def baseline(mode: str, dsn: str, postgres_pid: int, log: Path, pool: int) -> It
         process = subprocess.Popen(
             list(map(str, command)), env=kept | ours, stdin=subprocess.DEVNULL, stdout=written, stderr=written
         )
-    try:
+    with stopped(process):
         _wait_for(f"http://127.0.0.1:{port}/healthz", process, log)
         watched = {"server": process.pid, "postgres": postgres_pid}
         yield Target(mode, Server("127.0.0.1", port), watched, dsn, str(uuid.uuid4()))
+
+
+@contextmanager
+def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Whatever the block does, the process ends with it."""
+    try:
+        yield
     finally:
         process.terminate()
         try:
@@ -120,6 +129,22 @@ def baseline(mode: str, dsn: str, postgres_pid: int, log: Path, pool: int) -> It
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def wait_for(port: int, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until something listens there.
+
+    Raises:
+        Unusable: the process ended before, or took too long.
+    """
+    give_up_at = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < give_up_at:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.02)
+    raise Unusable(f"{name} did not start: {log.read_text(errors='replace')[-2000:]}")
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

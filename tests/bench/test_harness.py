@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.bench import generator, goals, report
+from api.viewers import frame
+from tests.bench import audience, frames, generator, goals, report, viewers
 from tests.bench.__main__ import WRONG, main
 from tests.bench.job import Job, Plan, Server, Users, requests_of, schedule_of
 from tests.bench.results import FORMAT, Audit, Load, Moment, Report, Run, latency_of, new_histogram, together
@@ -323,6 +324,18 @@ def test_goal_is_the_median_of_ratios_within_rounds() -> None:
     assert "1,000 drops, to one hot drop" not in found
 
 
+def test_figure_of_viewers_is_ours_to_a_rival_of_the_same_round() -> None:
+    runs = [
+        run_of("viewers 4000", target, 10, figures={"last_ms": last, "server_cpu_us_per_frame": cpu})
+        for target, last, cpu in (("holdfast", 20.0, 4.0), ("ws", 40.0, 7.0), ("broadcast", 30.0, 8.0))
+    ]
+    found = {goal.name: goal for goal in goals.of(runs)}
+    last = found["one update to the last of 4,000 viewers, to Node ws"]
+    assert (last.seen, last.holds, last.promised) == ([0.5], True, "≤ 0.8 × (far 0.65)")
+    assert found["server CPU for a viewer's frame, to broadcast() of websockets"].seen == [0.5]
+    assert len(found) == 2
+
+
 def test_share_of_the_generator_leaves_others_out() -> None:
     run = run_of("hot", "holdfast", 100)
     assert run.generator_share == pytest.approx(0.2)
@@ -341,10 +354,12 @@ def test_report_is_one_file_that_needs_no_other(tmp_path: Path) -> None:
     runs = [run_of("hot", target, 100) for target in ("holdfast", "classic", "cte")]
     runs += [run_of("rate", "holdfast", 50, figures={"rate": 50.0})]
     runs += [run_of("journey", "holdfast", 10, figures={"held": 9.0})]
+    runs += [run_of("viewers 200", "ws", 10, figures={"viewers": 200.0, "last_ms": 1.25})]
     written = msgspec.json.encode(report_of(runs))
     page = report.html(msgspec.json.decode(written, type=Report))
     assert page.count("<svg") == 6
     assert "<text" in page  # words stay words
+    assert "<td>Node ws</td><td>1.25</td>" in page
     assert not re.search(r"https?:|//[a-z]|<script|<link|<img|@import|src=", page)
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
     ids = re.findall(r'\bid="([^"]*)"', page)
@@ -358,6 +373,59 @@ def test_report_is_one_file_that_needs_no_other(tmp_path: Path) -> None:
 def test_report_of_nothing_can_be_drawn(tmp_path: Path) -> None:
     assert "a note" in report.html(report_of([]))
     report.picture(report_of([]), tmp_path / "picture.png")
+
+
+# --- viewers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65_535, 65_536])
+def test_frame_ends_where_its_length_says_however_it_is_cut(size: int) -> None:
+    payload = bytes(number % 251 for number in range(size))
+    whole = frame(payload)
+    for cut in {0, 1, 2, 3, 4, 9, 10, 11, len(whole) // 2, len(whole) - 1} & set(range(len(whole))):
+        found, rest = frames.frames_in(whole[:cut])
+        assert (found, rest) == ([], whole[:cut])
+        assert frames.frames_in(rest + whole[cut:]) == ([(frames.TEXT, payload)], b"")
+
+
+def test_frames_of_one_receive_are_told_apart_and_the_begun_one_is_kept() -> None:
+    whole = frame(b"a" * 200) + b"\x89\x00" + frame(b"") + frame(b"b")
+    found = [(frames.TEXT, b"a" * 200), (frames.PING, b""), (frames.TEXT, b""), (frames.TEXT, b"b")]
+    assert frames.frames_in(whole) == (found, b"")
+    assert frames.frames_in(whole + b"\x81\x7e\x00") == (found, b"\x81\x7e\x00")
+
+
+def test_masked_frame_is_none_of_a_server() -> None:
+    with pytest.raises(ValueError, match="masked"):
+        frames.frames_in(frames.said(b"abc"))
+
+
+def test_number_is_found_behind_its_name() -> None:
+    data = b'{"a":{"available_stock":0120},"availableStock":7}'
+    assert viewers.number_after(data, b'"availableStock":') == 7
+    assert viewers.number_after(data, b'"available_stock":') == 120
+    assert viewers.number_after(data, b'"seq":') is None
+    assert viewers.number_after(b'{"seq":null}', b'"seq":') is None
+
+
+def test_numbers_of_viewers_make_scenarios() -> None:
+    assert audience.expanded("viewers", (200, 4_000)) == ["viewers 200", "viewers 4000"]
+    assert audience.expanded("watched", (200, 1_000, 4_000)) == ["watched 0", "watched 1000", "watched 4000"]
+    assert audience.expanded("watched", (20,)) == ["watched 0", "watched 20"]
+    assert audience.expanded("wire", (20,)) == ["wire 20", "wire 5"]
+
+
+@pytest.mark.parametrize("name", [audience.BARE, audience.BROADCAST])
+def test_rival_tells_each_viewer_each_update_once(tmp_path: Path, name: str) -> None:
+    found, versions, _ = audience.rivals()
+    assert versions["websockets"]
+    with found[name](tmp_path) as target:
+        load = audience.passes(target, USERS, 20, 0.3, 180)
+    assert load.failures == []
+    assert load.done >= 2
+    assert load.checked == {"each viewer had it, once": 20 * load.done}
+    assert load.figures["text_bytes"] == 180
+    assert 0 < load.figures["middle_ms"] <= load.figures["last_ms"]
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -412,3 +480,19 @@ def test_hot_and_journey_on_a_real_server_are_right_and_pass_the_audit(tmp_path:
     assert hot.checked["stock is what was not given out"] == 1
     assert journey.figures["held"] >= 36
     assert journey.checked["what was not bought is there again"] == 1
+
+
+def test_viewers_of_a_real_server_have_every_update(tmp_path: Path) -> None:
+    arguments = ["viewers", "watched", "stalled", "--viewers", "20", "--no-rivals", "--no-baseline"]
+    arguments += ["--rounds", "1", "--seconds", "0.5", "--connections", "8", "--users-max", "8000"]
+    assert main([*arguments, "--report", str(tmp_path)]) == 0
+    written = msgspec.json.decode((tmp_path / "results.json").read_bytes(), type=Report)
+    loads = {run.scenario: run.load for run in written.runs}
+    assert list(loads) == ["watched 0", "watched 20", "viewers 20", "stalled 0", "stalled 1"]
+    assert [audit.violations for audit in written.audits] == [[], []]
+    assert loads["viewers 20"].checked == {"each viewer had it, once": 20 * loads["viewers 20"].done}
+    assert loads["viewers 20"].figures["server_cpu_us_per_frame"] > 0
+    assert loads["watched 20"].checked["stock is what was not given out"] == 1
+    assert loads["watched 20"].checked["viewers in step at the end"] == 20
+    assert loads["stalled 0"].checked == {"each viewer heard of each update": 100 * loads["stalled 0"].done}
+    assert loads["stalled 1"].checked["the one that never read is told all when it does"] >= 300

@@ -40,6 +40,14 @@ def rss_bytes(pid: int) -> int | None:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def descriptors(pid: int) -> int:
+    """Open files and sockets of one process; 0 where that is not known."""
+    try:
+        return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return 0
+
+
 def family(pid: int) -> list[int]:
     """A process and all that descend from it, as they are now."""
     children: dict[int, list[int]] = {}
