@@ -5,8 +5,8 @@ connection is at once free for hot requests again. A connection that speaks anot
 it gets whole.
 
 Two things only the owner of the streams can do: a peer that does not read keeps Hypercorn in a shielded send, so at
-the end the sockets are cut under it; and a connection that stays silent is closed by `read_timeout`, since Hypercorn's
-keep-alive time limit does not fire after the first answer of a Quart-Trio app.
+the end the sockets are cut under it; and a connection that stays silent is closed by its `BegunStream`, since
+Hypercorn's keep-alive time limit does not fire after the first answer of a Quart-Trio app.
 """
 
 import logging
@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import trio
 from hypercorn.config import Config
+from hypercorn.protocol import h2
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -24,12 +25,13 @@ from hypercorn.typing import ConnectionState, LifespanState
 from hypercorn.utils import wrap_app
 from quart_trio import QuartTrio
 
-from api import http1
+from api import events, http1
 from api.hotlane import Connection
 from api.http1 import HEAD_MAX, HEAD_S, Message
 from api.settings import Settings
 from api.sockets import Sockets
 
+STREAMS: Final = frozenset(path.encode() for path in events.PATHS)
 SILENCE_S: Final = 75  # after which a connection is closed; longer than any answer takes, shorter than NATs forget
 # Of a request's head, what the hot lane has seen to: how long its body is, and that the client has sent it.
 READ_BEFORE: Final = frozenset((b"content-length", b"transfer-encoding", b"expect", b"trailer"))
@@ -41,7 +43,7 @@ class ColdLane:
     def __init__(self, app: QuartTrio, settings: Settings, sockets: Sockets) -> None:
         self._sockets = sockets
         self.config = config = Config()
-        config.read_timeout = SILENCE_S
+        config.read_timeout = None  # `BegunStream` sees to it
         config.keep_alive_timeout = SILENCE_S
         config.keep_alive_max_requests = 1_000_000
         config.h11_max_incomplete_size = HEAD_MAX
@@ -80,6 +82,9 @@ class ColdLane:
     def answer(self, connection: Connection, message: Message) -> None:
         """Have one request answered; `connection.done` follows."""
         assert self._nursery is not None, "the lane is not open"
+        if message.target.partition(b"?")[0] in STREAMS and self._sockets.wants(begun := _head(message)):
+            connection.leave(begun)  # and comes back to `take`: its answer has no end
+            return
         self._nursery.start_soon(self._answer, connection, message)
 
     async def _answer(self, connection: Connection, message: Message) -> None:
@@ -124,6 +129,7 @@ class ColdLane:
             if received is None:
                 await trio.aclose_forcefully(stream)
             elif self._sockets.wants(received):
+                self._streams.discard(transport)  # it counts there
                 await self._sockets.serve_stream(stream, transport, received)
             else:
                 await self._serve(transport, BegunStream(stream, received))
@@ -147,11 +153,19 @@ class ColdLane:
         """How many connections there are, beside those that the hot lane keeps."""
         return len(self._streams) + self._sockets.count
 
-    async def _serve(self, transport: trio.SocketStream, stream: Any) -> None:
+    async def _serve(self, transport: trio.SocketStream, stream: "BegunStream") -> None:
         self._streams.add(transport)
         try:
             state = ConnectionState(self._state.copy())
-            await TCPServer(self._count, self.config, self._context, state, stream).run()  # type: ignore[arg-type]
+
+            async def app(*asgi: Any) -> None:
+                stream.answering += 1
+                try:
+                    await self._count(*asgi)
+                finally:
+                    stream.answering -= 1
+
+            await TCPServer(app, self.config, self._context, state, stream).run()  # type: ignore[arg-type]
         except trio.ClosedResourceError:
             pass  # it was cut within its TLS handshake, where Hypercorn does not reckon with that
         finally:
@@ -219,10 +233,43 @@ class OneRequest:
         await trio.lowlevel.checkpoint()
 
 
+class Backpressure(h2.StreamBuffer):
+    """What an HTTP/2 stream has yet to send. Who fills it waits until the peer has taken of it.
+
+    With Hypercorn's own that wait ends at once while the peer's window is shut: a reader of events that does not read
+    had the server keep all of them.
+    """
+
+    async def push(self, data: bytes) -> None:
+        if self._complete:
+            raise h2.BufferCompleteError
+        self.buffer.extend(data)
+        await self._is_empty.clear()
+        while len(self.buffer) >= h2.BUFFER_HIGH_WATER and not self._complete:
+            await self._paused.clear()
+            await self._paused.wait()
+
+    async def pop(self, max_length: int) -> bytes:
+        data = bytes(self.buffer[:max_length])
+        del self.buffer[: len(data)]
+        if len(self.buffer) < h2.BUFFER_LOW_WATER:
+            await self._paused.set()
+        if not self.buffer:
+            await self._is_empty.set()
+        return data
+
+
+h2.StreamBuffer = Backpressure  # type: ignore[misc]  # it has no setting for that
+
+
 class BegunStream:
-    """A stream whose first bytes were read already. Trio's own are final, so this hands on to one."""
+    """A stream whose first bytes were read already. Trio's own are final, so this hands on to one.
+
+    A peer may be silent for so long as it is being answered, by a stream of events for hours; else for `SILENCE_S`.
+    """
 
     def __init__(self, stream: trio.SocketStream | trio.SSLStream[trio.SocketStream], received: bytes) -> None:
+        self.answering = 0
         self._stream = stream
         self._received = received
 
@@ -234,7 +281,15 @@ class BegunStream:
         if received:
             await trio.lowlevel.checkpoint()
             return received
-        return await self._stream.receive_some(max_bytes)
+        while True:
+            with trio.move_on_after(SILENCE_S):
+                return await self._stream.receive_some(max_bytes)
+            if not self.answering:
+                raise trio.TooSlowError
+
+
+def _head(message: Message) -> bytes:
+    return http1.serialized(message, message.fields)
 
 
 def _whole(message: Message, *, is_last: bool) -> bytes:

@@ -74,6 +74,7 @@ class Front:
         """
         make_room(settings.connections_max)
         self._sockets = Sockets(settings, gate)
+        self._sockets.register(app)
         self._cold = ColdLane(app, settings, self._sockets)
         self._hot = HotLane(settings, gate, self._cold)
         self._tls = None

@@ -8,18 +8,24 @@ the connection (`api.viewers`). A connection is one task of the library's that r
     server  {"type": "snapshot", "seq", "drop"}, {"type": "event", "event", "seq", "at", "data"}, {"type": "error", …}
 """
 
+import base64
+import binascii
 import random
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import msgspec
 import trio
-from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, WebSocketRequest, wrap_server_stream
+from trio_websocket import CloseReason, ConnectionClosed, HandshakeError, WebSocketConnection
+from wsproto import WSConnection
+from wsproto.connection import ConnectionState, ConnectionType
+from wsproto.events import BytesMessage, CloseConnection, TextMessage
 
-from api import answers, feed, handlers, schemas
+from api import answers, feed, handlers, opening, schemas
 from api.answers import iso
 from api.errors import ApiError, explained
 from api.handlers import Gate, Service
+from api.opening import Opening
 from api.promises import in_trio
 from api.settings import AuthMode, Settings
 from api.viewers import ViewerStream, frame
@@ -37,6 +43,8 @@ SILENCE_S: Final = 60.0  # after which it is not
 SWEEP_S: Final = 5.0
 MESSAGES_PER_S: Final = 20.0  # of a client, in the long run
 MESSAGES_AT_ONCE: Final = 60.0
+VERSION: Final = "13"  # of the protocol
+KEY_BYTES: Final = 16
 PING: Final = b"\x89\x00"
 RETRY_MS: Final = (500, 5_000)  # within which a stopping server's viewers come back, each at its own time
 GOING_AWAY: Final = 1001
@@ -108,40 +116,45 @@ class Live:
 
     async def serve(self, stream: ViewerStream, nursery: trio.Nursery) -> None:
         """One connection, from the request that it has sent to its end; `nursery` is its own."""
+        asked: Opening | None = None
+        received = await stream.receive_some()
+        try:
+            asked = opening.read(received)
+            service = self._admitted(asked)
+        except ApiError as failure:
+            stream.write(opening.refusal(self._settings, failure, asked))
+            return
+        stream.unread(received)
+        viewer: NativeViewer | None = None
         try:
             with trio.fail_after(HANDSHAKE_S):
-                request = await wrap_server_stream(nursery, stream, 1, MESSAGE_MAX)
-                socket = await self._accepted(request)
-        except (trio.TooSlowError, ConnectionClosed, HandshakeError):
-            return
-        if socket is None:
-            return
-        viewer = NativeViewer(self._gate.enter(), socket, stream, nursery)
-        self._viewers.add(viewer)
-        try:
-            await viewer.identify_by(dict(_texts(request.headers)))
+                socket = await shake_hands(stream, nursery)
+            viewer = NativeViewer(service, socket, stream, nursery)
+            self._viewers.add(viewer)
+            await viewer.identify_by(asked.headers)
             await viewer.obey()
-        except ConnectionClosed:
+        except (trio.TooSlowError, ConnectionClosed, HandshakeError):
             pass
         finally:
-            self._viewers.discard(viewer)
-            viewer.watch.close()
+            if viewer is not None:
+                self._viewers.discard(viewer)
+                viewer.watch.close()
 
-    async def _accepted(self, request: WebSocketRequest) -> WebSocketConnection | None:
-        headers = dict(_texts(request.headers))
-        refusal: ApiError | None = None
-        if not self._settings.allows_page(headers.get("origin"), headers.get("host", "")):
-            refusal = ApiError(403, "ORIGIN_NOT_ALLOWED", "Pages of this origin may not open a live feed.")
-        try:
-            self._gate.enter()
-        except ApiError as fault:
-            refusal = fault
-        if refusal is None:
-            return await request.accept()
-        answer = answers.error(refusal, schemas.request_id(headers.get("x-request-id")))
-        extra = [(b"content-type", answers.JSON.encode()), (b"content-length", str(len(answer.body)).encode())]
-        await request.reject(refusal.status_code, extra_headers=extra, body=answer.body)
-        return None
+    def _admitted(self, asked: Opening) -> Service:
+        """The service, for who may open a feed and knows how to.
+
+        Raises:
+            ApiError: who does not.
+        """
+        headers = asked.headers
+        if not _may_open(self._settings, headers.get("origin"), headers.get("host", "")):
+            raise ApiError(403, "ORIGIN_NOT_ALLOWED", "Pages of this origin may not open a live feed.")
+        wanted = {word.strip().lower() for word in headers.get("connection", "").split(",")}
+        if headers.get("sec-websocket-version") != VERSION or "upgrade" not in wanted:
+            raise upgrade_required()
+        if not _is_key(headers.get("sec-websocket-key", "")) or "host" not in headers:
+            raise ApiError(400, "BAD_REQUEST", "The handshake has no Sec-WebSocket-Key, or one that is none.")
+        return self._gate.enter()
 
     def stop(self) -> None:
         """Ask every viewer to come again, each at a time of its own."""
@@ -166,6 +179,7 @@ class NativeViewer:
         self._nursery = nursery
         self._allowance = MESSAGES_AT_ONCE
         self._heard_at = trio.current_time()
+        self._is_closing = False
 
     # What it is told ---------------------------------------------------------------------------------
 
@@ -177,9 +191,13 @@ class NativeViewer:
         self._nursery.start_soon(self._close, code, reason)
 
     async def _close(self, code: int, reason: str) -> None:
-        with trio.move_on_after(CLOSE_S):
+        if self._is_closing:
+            return
+        self._is_closing = True
+        with trio.move_on_after(CLOSE_S) as patience:
             await self._socket.aclose(code, reason)
-        self.stream.cut()
+        if patience.cancelled_caught:
+            self.stream.cut()
 
     def _say(self, message: dict[str, Any]) -> None:
         self.stream.write(frame(_encode(message)))
@@ -194,7 +212,8 @@ class NativeViewer:
         while True:
             text = await self._socket.get_message()
             if not self._may_ask():
-                self.close(POLICY, "Too many messages.")
+                self.watch.close()
+                await self._close(POLICY, "Too many messages.")
                 return
             try:
                 await self._do(text)
@@ -218,7 +237,9 @@ class NativeViewer:
             raise ApiError(400, "INVALID_JSON", "The message is not JSON.") from None
         match asked:
             case Subscribe(drops="*", resume=resume):
-                self.watch.subscribe_all(_positions(resume))
+                positions = _positions(resume)
+                await self._find(list(positions), is_asked=False)
+                self.watch.subscribe_all(positions)
             case Subscribe(drops=drops, resume=resume):
                 await self._subscribe([_id(text) for text in drops], _positions(resume))
             case Unsubscribe(drops="*"):
@@ -231,14 +252,19 @@ class NativeViewer:
     async def _subscribe(self, drop_ids: list[DropId], resume: Mapping[DropId, int]) -> None:
         if len(self.watch.drops.union(drop_ids)) > DROPS_MAX:
             raise ApiError(422, "TOO_MANY_DROPS", f'No more than {DROPS_MAX} drops by name; "*" watches all.')
+        self.watch.subscribe(await self._find(drop_ids, is_asked=True), resume)
+
+    async def _find(self, drop_ids: list[DropId], *, is_asked: bool) -> list[DropId]:
+        """Those that there are, on the board now; with `is_asked` it is told of each other one."""
         known = []
         for drop_id in dict.fromkeys(drop_ids):
             try:
                 await in_trio(handlers.find_drop(self._service, drop_id))
                 known.append(drop_id)
             except ApiError as failure:
-                self._complain(failure, dropId=drop_id)
-        self.watch.subscribe(known, resume)
+                if is_asked:
+                    self._complain(failure, dropId=drop_id)
+        return known
 
     async def _identify(self, asked: Identify) -> None:
         if self._service.settings.auth_mode is AuthMode.HEADER and asked.user_id is not None:
@@ -260,8 +286,53 @@ class NativeViewer:
             self.watch.identify(caller.user_id)
 
 
-def _texts(headers: Any) -> list[tuple[str, str]]:
-    return [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in headers]
+class _Connection(WebSocketConnection):
+    """The library's, with two changes.
+
+    A message costs no more memory than its bytes, however many empty pieces it comes in. And a peer that breaks the
+    rules is told so before the connection ends.
+    """
+
+    async def _handle_message_event(self, event: BytesMessage | TextMessage) -> None:
+        if event.data or event.message_finished:
+            await super()._handle_message_event(event)
+
+    async def _handle_close_connection_event(self, event: CloseConnection) -> None:
+        # Open: it is not the peer who closes, but wsproto, which has read what breaks the rules.
+        if self._wsproto.state is ConnectionState.OPEN:
+            self._close_reason = CloseReason(event.code, event.reason)
+            await self._send(CloseConnection(event.code, event.reason))
+        await super()._handle_close_connection_event(event)
+
+
+async def shake_hands(stream: ViewerStream, nursery: trio.Nursery) -> WebSocketConnection:
+    """As `trio_websocket.wrap_server_stream` does it, with a connection of our own kind."""
+    connection = _Connection(
+        stream, WSConnection(ConnectionType.SERVER), message_queue_size=1, max_message_size=MESSAGE_MAX
+    )
+    nursery.start_soon(connection._reader_task)
+    return await (await connection._get_request()).accept()
+
+
+def _may_open(settings: Settings, origin: str | None, host: str) -> bool:
+    try:
+        return settings.allows_page(origin, host)
+    except ValueError:  # what it says is no address
+        return False
+
+
+def _is_key(text: str) -> bool:
+    """Sixteen bytes in Base64 (RFC 6455, 4.2.1)."""
+    try:
+        return len(base64.b64decode(text, validate=True)) == KEY_BYTES
+    except (binascii.Error, ValueError):
+        return False
+
+
+def upgrade_required() -> ApiError:
+    message = f"This address speaks WebSocket (version {VERSION}); {PATHS[0]}/events speaks HTTP."
+    headers = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", VERSION))
+    return ApiError(426, "UPGRADE_REQUIRED", message, headers=headers)
 
 
 def _id(text: str) -> DropId:

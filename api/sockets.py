@@ -11,11 +11,14 @@ from typing import Any, Final
 
 import structlog
 import trio
+from quart_trio import QuartTrio
 
-from api import live
+from api import engineio, events, live
+from api.events import Events
 from api.handlers import Gate
 from api.live import Live
 from api.settings import Settings
+from api.socketio import SocketIo
 from api.viewers import PlainViewer, StreamViewer, ViewerStream
 
 log = structlog.get_logger()
@@ -29,7 +32,13 @@ class Sockets:
 
     def __init__(self, settings: Settings, gate: Gate) -> None:
         self._live = Live(settings, gate)
-        self._serving = dict.fromkeys(live.PATHS, self._live.serve)
+        self._socketio = SocketIo(settings, gate)
+        self._events = Events(settings, gate)
+        self._serving = {
+            **dict.fromkeys(live.PATHS, self._live.serve),
+            **dict.fromkeys(engineio.PATHS, self._socketio.serve),
+        }
+        self._streaming = dict.fromkeys(events.PATHS, self._events.serve)  # without another protocol
         self._streams: set[ViewerStream] = set()
         self._nursery: trio.Nursery | None = None
         self._gone = trio.lowlevel.ParkingLot()
@@ -42,7 +51,14 @@ class Sockets:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._live.run)
+            nursery.start_soon(self._socketio.run)
+            nursery.start_soon(self._events.run)
             task_status.started()
+
+    def register(self, app: QuartTrio) -> None:
+        """What viewers do with requests of the application."""
+        self._socketio.register(app)
+        self._events.register(app)
 
     def wants(self, received: bytes) -> bool:
         """Whether the request whose head begins like this asks for a viewer's socket."""
@@ -59,6 +75,8 @@ class Sockets:
     def stop(self) -> None:
         """Tell all that we stop. Their connections end by themselves, or are cut by `cut`."""
         self._live.stop()
+        self._socketio.stop()
+        self._events.stop()
 
     async def drain(self) -> None:
         """Wait until all are gone, not for long."""
@@ -74,9 +92,10 @@ class Sockets:
         head = received.partition(b"\r\n\r\n")[0]
         method, _, rest = head.partition(b" ")
         target = rest.partition(b" ")[0].partition(b"?")[0]
-        if method != b"GET" or UPGRADE.search(head) is None:
+        if method != b"GET":
             return None
-        return self._serving.get(target.decode("latin-1"))
+        serving = self._streaming if UPGRADE.search(head) is None else self._serving
+        return serving.get(target.decode("latin-1"))
 
     def _start(self, viewer: Callable[[trio.Nursery], ViewerStream], received: bytes) -> None:
         assert self._nursery is not None, "sockets are not served yet"
@@ -91,7 +110,9 @@ class Sockets:
                 stream = viewer(nursery)
                 self._streams.add(stream)
                 await serve(stream, nursery)
+                await stream.flush()
                 nursery.cancel_scope.cancel()
+            await stream.finish()
         except Exception as bug:
             log.error("viewer_failed", reason=repr(bug), exc_info=bug)
         finally:

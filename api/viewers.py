@@ -8,6 +8,7 @@ alone it grows to megabytes for each viewer that does not read.
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
@@ -15,6 +16,9 @@ import trio
 KERNEL_BYTES: Final = 32_768  # of a socket's send buffer; Linux takes twice that
 LEFT_MAX: Final = 131_072  # bytes of ours that may wait for a viewer to read; beyond, it is cut off
 RECEIVE_BYTES: Final = 4_096
+LINGER_S: Final = 2.0  # for the last that we sent to leave, and then for the peer to close
+UNACKED_MS: Final = 60_000  # that the kernel goes on with a peer of which it hears nothing
+CLOSE_FRAME: Final = 0x88  # the first byte of a WebSocket's last frame
 
 TEXT: Final = 1
 BINARY: Final = 2
@@ -42,32 +46,37 @@ class ViewerStream(trio.abc.HalfCloseableStream):
         self._received = received
         self._left = bytearray()
         self._is_draining = False
+        self._is_over = False  # the last has been said
+        self._is_ended = False  # by the WebSocket library, which reads no more
         self._nursery = nursery
         self._empty = trio.lowlevel.ParkingLot()
 
     # For the hub, and for replies --------------------------------------------------------------------
 
+    @property
+    def has_room(self) -> bool:
+        return not self._left and not self._is_over and not self.is_closed
+
     def send(self, data: bytes) -> bool:
         """Send, or keep the rest; False: something is left to send from before, and nothing of this was taken."""
-        if self._left or self.is_closed:
+        if not self.has_room:
             return False
         sent = self._send(data)
         if sent != len(data) and not self.is_closed:
-            self._keep(data[sent:])
+            self._keep(data[sent:])  # one send of the hub's, and it bounds them
         return True
 
     def write(self, data: bytes) -> None:
         """Send in any case, behind what is left. A viewer for whom too much is left is cut off."""
-        if self.is_closed:
+        if self._is_over or self.is_closed:
             return
         sent = 0 if self._left else self._send(data)
-        if sent != len(data) and not self.is_closed:
+        if len(self._left) + len(data) - sent > LEFT_MAX:
+            self.cut()
+        elif sent != len(data) and not self.is_closed:
             self._keep(data[sent:])
 
     def _keep(self, rest: bytes) -> None:
-        if len(self._left) + len(rest) > LEFT_MAX:
-            self.cut()
-            return
         self._left += rest
         if not self._is_draining:
             self._is_draining = True
@@ -92,6 +101,8 @@ class ViewerStream(trio.abc.HalfCloseableStream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint()
         self.write(bytes(data))
+        if data[:1] == bytes((CLOSE_FRAME,)):
+            self._is_over = True
         while self._left and not self.is_closed:
             await self._empty.park()
         if self.is_closed:
@@ -105,13 +116,17 @@ class ViewerStream(trio.abc.HalfCloseableStream):
         if received:
             await trio.lowlevel.checkpoint()
             return received
-        if self.is_closed:
+        if self._is_ended or self.is_closed:
             await trio.lowlevel.checkpoint()
             raise trio.ClosedResourceError
         data = await self._receive(max_bytes or RECEIVE_BYTES)
         self._heard_at = trio.current_time()
         self._is_asked = False
         return data
+
+    def unread(self, received: bytes) -> None:
+        """Read it again."""
+        self._received = received + self._received
 
     def end_if_silent(self, now: float, ask_s: float, end_s: float, question: bytes) -> None:
         """Ask a peer that has been silent for `ask_s` whether it is there; cut it off after `end_s`."""
@@ -123,8 +138,33 @@ class ViewerStream(trio.abc.HalfCloseableStream):
             self.write(question)
 
     async def aclose(self) -> None:
-        self.cut()
+        """The library is done with it; `finish` closes it."""
+        self._is_over = self._is_ended = True
         await trio.lowlevel.checkpoint()
+
+    # The end -----------------------------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        """Wait until what was sent has left, not for long; nothing may follow it."""
+        self._is_over = True
+        with trio.move_on_after(LINGER_S):
+            while self._left and not self.is_closed:
+                await self._empty.park()
+
+    async def finish(self) -> None:
+        """Close it so that what has left arrives: closing at once would destroy it, with something of theirs unread.
+
+        Nobody else may be using it.
+        """
+        gone = (OSError, trio.ClosedResourceError, trio.BrokenResourceError)
+        try:
+            if not self._left and not self.is_closed:
+                with trio.move_on_after(LINGER_S), suppress(*gone):
+                    await self.send_eof()
+                    while await self._receive(RECEIVE_BYTES):
+                        pass
+        finally:
+            self.cut()
 
     def cut(self) -> None:
         """Close at once; whoever waits on it finds it closed."""
@@ -158,7 +198,7 @@ class PlainViewer(ViewerStream):
 
     def __init__(self, nursery: trio.Nursery, sock: socket.socket, received: bytes) -> None:
         super().__init__(nursery, received)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)
+        _bound(sock.setsockopt)
         self._sock = sock
 
     def _send(self, data: bytes) -> int:
@@ -206,6 +246,7 @@ class StreamViewer(ViewerStream):
 
     def __init__(self, nursery: trio.Nursery, stream: Any, transport: trio.SocketStream, received: bytes) -> None:
         super().__init__(nursery, received)
+        _bound(transport.setsockopt)
         self._stream = stream
         self._transport = transport
 
@@ -216,14 +257,29 @@ class StreamViewer(ViewerStream):
         await trio.lowlevel.checkpoint()
 
     async def _send_some(self, data: bytearray) -> int:
-        await self._stream.send_all(bytes(data))
-        return len(data)
+        sent = bytes(data)  # to which more may be added meanwhile
+        try:
+            await self._stream.send_all(sent)
+        except trio.Cancelled:
+            self.cut()  # a record may have left in part
+            raise
+        return len(sent)
 
     async def _receive(self, most: int) -> bytes:
+        if self._is_ended:
+            return await self._transport.receive_some(most)  # and forgotten
         return bytes(await self._stream.receive_some(most))
 
     async def send_eof(self) -> None:
-        await trio.lowlevel.checkpoint()
+        self._is_ended = True
+        await self._transport.send_eof()
 
     def _close(self) -> None:
         self._transport.socket.close()
+
+
+def _bound(set_option: Callable[[int, int, int], None]) -> None:
+    """Bound what the kernel keeps for a viewer, and for how long."""
+    set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux
+        set_option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKED_MS)

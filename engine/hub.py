@@ -39,13 +39,15 @@ from engine.model import (
 PASS_S: Final = 0.05  # between two passes: 20 a second, as often as an eye can tell
 SLICE: Final = 128  # viewers told before other tasks have their turn: half a millisecond
 RING_MAX: Final = 100_000  # newest events kept in memory, over all drops: about 20 MB
-EVENTS_MAX: Final = 256  # of one drop that a viewer is told after the fact; for more it gets a snapshot
+EVENTS_MAX: Final = 128  # of one drop that are told at once, about 100 KB; for more there is a snapshot
 MARKS_MAX: Final = 2_000  # drops of which a viewer has heard less than was told; with more it is sent away
 STALL_S: Final = 20.0  # that a viewer may leave unread what it was sent
 SWEEP_S: Final = 1.0
-HISTORY_MAX: Final = 1_000  # changes that are read from the tables for a viewer that came back; beyond, a snapshot
-HISTORIES_MAX: Final = 8  # such reads at once
-BUNDLES_MAX: Final = 64  # drops in one send to those who watch all: some 16 KiB
+HISTORY_MAX: Final = 1_000  # changes that a viewer may have missed and still be told one by one; beyond, a snapshot
+HISTORIES_MAX: Final = 8  # reads of the tables at once
+HISTORIES_WAITING_MAX: Final = 256  # and with those that wait for them; then a snapshot: after a restart all come back
+BUNDLES_MAX: Final = 64  # drops that are told of together, in one send to those who watch all: some 16 KiB
+TOGETHER_MAX: Final = 65_536  # bytes of such a send: what is left of it when a viewer stalls is kept for it
 GONE: Final = -1  # a mark: it has heard nothing of this drop
 
 
@@ -58,7 +60,10 @@ class Stock(msgspec.Struct, frozen=True, gc=False):
 
 
 class Told(msgspec.Struct, frozen=True, gc=False):
-    """An event, and the drop's newest purchases after it, newest first, if it is one."""
+    """An event, and the drop's newest purchases after it, newest first, if it is one.
+
+    None, too, where they are not known: then a later purchase, which is, brings them.
+    """
 
     event: Event
     latest: tuple[LatestPurchase, ...] | None = None
@@ -130,7 +135,8 @@ class Watch:
 
     def identify(self, user_id: UserId) -> None:
         """From now on it hears what concerns this user alone, too."""
-        self._hub.identify(self, user_id)
+        if not self.is_closed:
+            self._hub.identify(self, user_id)
 
     def subscribe(self, drops: Iterable[DropId], resume: Mapping[DropId, int] | None = None) -> None:
         """Watch these drops, which are on the board, too: each is shown, or what happened to it since `resume`.
@@ -138,25 +144,55 @@ class Watch:
         A drop that is watched already is shown again.
         """
         for drop_id in drops:
+            if self.is_closed:
+                return
             if not self.is_all and drop_id not in self.drops:
                 self.drops.add(drop_id)
                 self._hub.join(self, drop_id)
             self._mark(drop_id, resume)
-        self.go_on()
+        self._hear()
 
     def subscribe_all(self, resume: Mapping[DropId, int] | None = None, *, is_shown: bool = True) -> None:
-        """Watch every drop, those to come too. With `is_shown` the listed ones are shown, and those of `resume`."""
+        """Watch every drop, those to come too. With `is_shown` the listed ones are shown, and those of `resume`.
+
+        So are those that it watches already.
+        """
+        if self.is_closed:
+            return
+        wanted = [*self.drops, *(resume or {} if is_shown else ())]
         self.unsubscribe(list(self.drops))
         if not self.is_all:
             self.is_all = True
             self._hub.join_all(self)
-        if is_shown:
-            board = self._hub.board
-            listed, _ = board.listed(MARKS_MAX, 0)
-            known = [drop_id for drop_id in resume or {} if board.drop(drop_id) is not None]
-            for drop_id in [*(drop.terms.id for drop in listed), *known][:MARKS_MAX]:
-                self._mark(drop_id, resume)
-        self.go_on()
+        for drop_id in wanted:
+            self._mark(drop_id, resume)
+        listed = self._hub.board.listed(self._hub.marks_max, 0)[0] if is_shown else ()
+        for drop in listed:
+            if drop.terms.id in self.marks or len(self.marks) < self._hub.marks_max:
+                self._mark(drop.terms.id, resume)
+        self._hear()
+
+    def join(self, drop_id: DropId) -> None:
+        """Watch this drop, which is on the board, from this instant on: it is not shown.
+
+        Who watches all watches this one alone from now on. Between passes (`Hub.between_passes`) nothing is missed by
+        that, and nothing told again.
+        """
+        mark = None
+        if self.is_closed:
+            return
+        if self.is_all:
+            mark = self.marks.get(drop_id)
+            self.unsubscribe_all()
+        elif drop_id in self.drops:
+            return
+        else:
+            mark = self._hub.newest(drop_id)
+        self.drops.add(drop_id)
+        self._hub.join(self, drop_id)
+        if mark is not None:
+            self._hub.mark(self, drop_id, mark)
+        self._hear()
 
     def unsubscribe(self, drops: Iterable[DropId]) -> None:
         for drop_id in drops:
@@ -187,7 +223,12 @@ class Watch:
         drop = self._hub.board.drop(drop_id)
         seq = (resume or {}).get(drop_id, GONE)
         # A position beyond what is committed is none of ours.
-        self.marks[drop_id] = seq if drop is not None and 0 < seq <= drop.seq else GONE
+        self._hub.mark(self, drop_id, seq if drop is not None and 0 < seq <= drop.seq else GONE)
+
+    def _hear(self) -> None:
+        """What is marked; who has not read what it was sent hears it when it has, however much it asks for."""
+        if self.parked_at is None:
+            self.go_on()
 
 
 class _Feed:
@@ -195,15 +236,33 @@ class _Feed:
 
     __slots__ = ("events", "latest", "told", "watches")
 
-    def __init__(self, told: int, latest: tuple[LatestPurchase, ...]) -> None:
+    def __init__(self, told: int, drop: Drop | None, before: Event | None = None) -> None:
         self.events: deque[Told] = deque()  # without a gap
-        self.told = told  # the `seq` up to which every viewer in step has heard
-        self.latest = latest
+        self.latest: tuple[LatestPurchase, ...] | None
         self.watches: dict[Watch, None] = {}
+        self.reset(told, drop, before)
+
+    def reset(self, told: int, drop: Drop | None, before: Event | None = None) -> None:
+        """Forget what happened, and go on from `told`: where the drop is now, or was `before` this event."""
+        self.events.clear()
+        self.told = told  # the `seq` up to which every viewer in step has heard
+        # The newest purchases; not known where the drop is ahead of us by purchases of its own.
+        self.latest = None if drop is None else drop.latest_purchases
+        if before is not None and self.latest and self.latest[0].created_at >= before.at:
+            self.latest = None
 
     @property
     def newest(self) -> int:
         return self.events[-1].event.seq if self.events else self.told
+
+    def add(self, event: Event, board: Board) -> None:
+        told = Told(event)
+        if type(event) is Purchased:
+            told = _with_latest(event, board.drop(event.hold.drop_id))
+            if told.latest is None and self.latest is not None:
+                told = Told(event, (_line(event), *self.latest[: FEED_LENGTH - 1]))
+            self.latest = told.latest
+        self.events.append(told)
 
     def between(self, after: int, up_to: int) -> list[Told] | None:
         """The events after one `seq`, up to another; None if not all of them are here."""
@@ -211,8 +270,11 @@ class _Feed:
             return []
         if not self.events or self.events[0].event.seq > after + 1:
             return None
-        first = self.events[0].event.seq
-        return list(islice(self.events, after + 1 - first, up_to + 1 - first))
+        newest = self.events[-1].event.seq
+        # From the end: nearly always it is the newest few of thousands, and a deque is walked, not indexed.
+        found = list(islice(reversed(self.events), newest - up_to, newest - after))
+        found.reverse()
+        return found
 
 
 History = Callable[[DropId, int, int], Awaitable[Sequence[Event]]]
@@ -222,20 +284,45 @@ History = Callable[[DropId, int, int], Awaitable[Sequence[Event]]]
 class Hub:
     """`run` it in a nursery. The publisher tells `committed` and `replaced`."""
 
-    def __init__(self, board: Board, history: History, *, pass_s: float = PASS_S, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        board: Board,
+        history: History,
+        *,
+        pass_s: float = PASS_S,
+        stall_s: float = STALL_S,
+        slice_: int = SLICE,
+        ring_max: int = RING_MAX,
+        marks_max: int = MARKS_MAX,
+        events_max: int = EVENTS_MAX,
+        history_max: int = HISTORY_MAX,
+        histories_waiting_max: int = HISTORIES_WAITING_MAX,
+        bundles_max: int = BUNDLES_MAX,
+    ) -> None:
         self.board = board
+        self.marks_max = marks_max
         self._history = history
         self._pass_s = pass_s
         self._stall_s = stall_s
+        self._slice = slice_
+        self._ring_max = ring_max
+        self._events_max = events_max
+        self._history_max = history_max
+        self._histories_waiting_max = histories_waiting_max
+        self._bundles_max = bundles_max
         self._feeds: dict[DropId, _Feed] = {}
         self._ring: deque[DropId] = deque()  # whose event each one is, oldest first
         self._dirty: dict[DropId, None] = {}
+        self._telling: set[DropId] = set()  # of which some viewers in step have heard the newest already, and some not
         self._bell = trio.lowlevel.ParkingLot()
+        self._is_passing = False
+        self._passed = trio.lowlevel.ParkingLot()
         self._watches: set[Watch] = set()
         self._all: dict[Watch, None] = {}
         self._users: dict[UserId, set[Watch]] = {}
         self._parked: set[Watch] = set()
         self._reading = trio.CapacityLimiter(HISTORIES_MAX)
+        self._histories = 0
         self._nursery: trio.Nursery | None = None
         self._passes = self._frames = self._sent_away = 0
 
@@ -250,40 +337,36 @@ class Hub:
         """Note an event. Called between a commit and its answers."""
         feed = self._feeds.get(drop_id)
         if feed is None:
-            drop = self.board.drop(drop_id)
-            latest = () if drop is None else drop.latest_purchases
-            # The board is ahead of us by what this event was committed with.
-            feed = _Feed(event.seq - 1, tuple(line for line in latest if line.created_at < event.at))
-            self._feeds[drop_id] = feed
-        told_latest = None
-        if type(event) is Purchased:
-            line = LatestPurchase(event.hold.user_id, event.username, event.hold.qty, event.at)
-            told_latest = feed.latest = (line, *feed.latest[: FEED_LENGTH - 1])
-        if feed.newest != event.seq - 1:
-            self.replaced(drop_id)  # what lies between was not published: nobody may think that nothing does
-            feed.told = event.seq - 1
-        feed.events.append(Told(event, told_latest))
+            feed = self._feeds[drop_id] = _Feed(event.seq - 1, self.board.drop(drop_id), event)
+        elif feed.newest != event.seq - 1:  # what lies between was not published: nobody may think that nothing does
+            feed.reset(event.seq - 1, self.board.drop(drop_id), event)
+            self._show_all(drop_id, feed)
+        feed.add(event, self.board)
         self._ring.append(drop_id)
-        if len(self._ring) > RING_MAX:
+        if len(self._ring) > self._ring_max:
             self._forget_oldest()
+        self._note(drop_id)
+
+    def replaced(self, drop_id: DropId) -> None:
+        """The drop's state was loaded anew: whoever watches it needs to be shown it again."""
+        feed = self._feed(drop_id)
+        drop = self.board.drop(drop_id)
+        feed.reset(0 if drop is None else drop.seq, drop)
+        self._show_all(drop_id, feed)
+
+    def _note(self, drop_id: DropId) -> None:
         self._dirty[drop_id] = None
         if self._bell:
             self._bell.unpark()
 
-    def replaced(self, drop_id: DropId) -> None:
-        """The drop's state was loaded anew: whoever watches it needs to be shown it again."""
-        feed = self._feeds.get(drop_id)
-        if feed is None:
-            return
-        drop = self.board.drop(drop_id)
-        feed.events.clear()
-        feed.told = 0 if drop is None else drop.seq
-        feed.latest = () if drop is None else drop.latest_purchases
-        self._dirty.pop(drop_id, None)
+    def _show_all(self, drop_id: DropId, feed: _Feed) -> None:
+        """Have everybody who watches the drop be shown it, in the next pass."""
+        self._mark_all(drop_id, feed)
+        self._note(drop_id)
+
+    def _mark_all(self, drop_id: DropId, feed: _Feed) -> None:
         for watch in (*feed.watches, *self._all):
-            watch.marks[drop_id] = GONE
-            if watch.parked_at is None:
-                self.catch_up(watch)
+            self.mark(watch, drop_id, GONE)
 
     def _forget_oldest(self) -> None:
         drop_id = self._ring.popleft()
@@ -291,10 +374,9 @@ class Hub:
         if feed is None or not feed.events:
             return
         oldest = feed.events.popleft().event.seq
-        if oldest > feed.told:  # so far behind are the passes: those who watch are shown the drop instead
-            for watch in (*feed.watches, *self._all):
-                watch.marks[drop_id] = GONE
-            feed.told = oldest
+        if oldest > feed.told:  # so far behind are the passes
+            feed.told = feed.events[-1].event.seq if feed.events else oldest
+            self._show_all(drop_id, feed)
         self._tidy(drop_id, feed)
 
     # Viewers -----------------------------------------------------------------------------------------
@@ -331,24 +413,46 @@ class Hub:
             feed.watches.pop(watch, None)
             self._tidy(drop_id, feed)
 
+    def mark(self, watch: Watch, drop_id: DropId, seq: int) -> None:
+        """The viewer has heard of this drop up to `seq`, which is not where the others are."""
+        if watch.is_closed:
+            return
+        watch.marks[drop_id] = seq
+        if len(watch.marks) > self.marks_max:
+            self._send_away(watch)
+
     def join_all(self, watch: Watch) -> None:
         self._all[watch] = None
-        for drop_id in self._dirty:  # told in the next pass, to those who were here; it has not seen them at all
-            watch.marks.setdefault(drop_id, GONE)
+        for drop_id in (*self._dirty, *self._telling):  # it watches from this instant on
+            if len(watch.marks) < self.marks_max:
+                watch.marks.setdefault(drop_id, self.newest(drop_id))
 
     def leave_all(self, watch: Watch) -> None:
         self._all.pop(watch, None)
+
+    def newest(self, drop_id: DropId) -> int:
+        """The `seq` of a drop's newest event that was committed, told or not."""
+        feed = self._feeds.get(drop_id)
+        drop = self.board.drop(drop_id)
+        return feed.newest if feed is not None else 0 if drop is None else drop.seq
+
+    async def between_passes(self) -> None:
+        """Wait until no pass is under way: within one, some of those who watch have heard its news, and some not yet.
+
+        Who changes what it watches then may miss them or hear them twice; a snapshot makes up for both.
+        """
+        while self._is_passing:
+            await self._passed.park()
 
     def _feed(self, drop_id: DropId) -> _Feed:
         feed = self._feeds.get(drop_id)
         if feed is None:
             drop = self.board.drop(drop_id)
-            latest = () if drop is None else drop.latest_purchases
-            feed = self._feeds[drop_id] = _Feed(0 if drop is None else drop.seq, latest)
+            feed = self._feeds[drop_id] = _Feed(0 if drop is None else drop.seq, drop)
         return feed
 
     def _tidy(self, drop_id: DropId, feed: _Feed) -> None:
-        if not feed.events and not feed.watches:
+        if not feed.events and not feed.watches and self._feeds.get(drop_id) is feed:
             del self._feeds[drop_id]
 
     # Passes ------------------------------------------------------------------------------------------
@@ -361,62 +465,88 @@ class Hub:
                 while not self._dirty:
                     await self._bell.park()
                 began = trio.current_time()
+                self._is_passing = True
                 await self._pass()
+                self._is_passing = False
+                self._passed.unpark_all()
                 await trio.sleep_until(began + self._pass_s)
 
     async def _pass(self) -> None:
+        """Tell what there is of every drop that has news now, some drops at a time."""
         self._passes += 1
-        dirty, self._dirty = self._dirty, {}
-        batch = [self._begin(drop_id) for drop_id in dirty]
-        sent = 0
-        watching_all = list(self._all)
-        for bundle in batch:
+        left = len(self._dirty)  # what comes meanwhile, of others or of these again, is the next pass's
+        while left > 0:
+            drop_ids = list(islice(self._dirty, min(left, self._bundles_max)))
+            left -= len(drop_ids)
+            await self._tell_of(drop_ids)
+
+    async def _tell_of(self, drop_ids: Sequence[DropId]) -> None:
+        work = 0
+        self._telling.update(drop_ids)
+        bundles = [self._begin(drop_id) for drop_id in drop_ids]
+        for bundle in bundles:
             for watch in list(bundle.feed.watches):
                 if bundle.drop_id in watch.drops:
                     self._tell_pass(watch, bundle)
-                    sent += 1
-                    if sent % SLICE == 0:
+                    work += 1
+                    if work >= self._slice:
+                        work = 0
                         await trio.lowlevel.checkpoint()
-        for bundles in _chunks(batch) if len(batch) > 1 else (batch,):
-            together: dict[Dialect, bytes] = {}
-            for watch in watching_all:
-                if not watch.is_all:
-                    continue
-                if len(bundles) == 1 or watch.marks or watch.parked_at is not None:
-                    for bundle in bundles:
-                        self._tell_pass(watch, bundle)
-                else:
-                    self._tell_together(watch, bundles, together)
-                sent += 1
-                if sent % SLICE == 0:
-                    await trio.lowlevel.checkpoint()
+        together: dict[Dialect, bytes] = {}
+        for watch in list(self._all):
+            if not watch.is_all:
+                continue
+            if len(bundles) == 1 or watch.marks or watch.parked_at is not None:
+                for bundle in bundles:
+                    self._tell_pass(watch, bundle)
+                work += len(bundles)
+            else:
+                self._tell_together(watch, bundles, together)
+                work += 1
+            if work >= self._slice:
+                work = 0
+                await trio.lowlevel.checkpoint()
+        self._telling.clear()
+        for bundle in bundles:
+            self._tidy(bundle.drop_id, bundle.feed)
+        await trio.lowlevel.checkpoint()
 
     def _begin(self, drop_id: DropId) -> "_Bundle":
-        """What this pass tells of a drop; from here on, who is not marked counts as told."""
-        feed = self._feeds[drop_id]
+        """What is told of a drop now; from here on, who is not marked has heard what came before, until it is told."""
+        del self._dirty[drop_id]
+        feed = self._feed(drop_id)
         before, feed.told = feed.told, feed.newest
-        events = feed.between(before, feed.told) or []
-        for told in events:
-            event = told.event
-            if type(event) is Expired and event.hold.user_id in self._users:
-                for watch in self._users[event.hold.user_id]:
+        events = feed.between(before, feed.told)
+        news = self._news(drop_id, events) if events else None
+        if before != feed.told and (news is None or len(news.events) > self._events_max):
+            news = None
+            self._mark_all(drop_id, feed)
+        if news is not None and self._users:
+            self._mark_users(news, before)
+        return _Bundle(drop_id, feed, before, news)
+
+    def _mark_users(self, news: News, before: int) -> None:
+        """Those whom news concern that are not everybody's: each of them is told for itself."""
+        drop_id = news.drop.terms.id
+        for told in news.events:
+            if isinstance(told.event, Expired):
+                for watch in list(self._users.get(told.event.hold.user_id, ())):
                     if watch.is_all or drop_id in watch.drops:
-                        watch.marks.setdefault(drop_id, before)  # its news are not everybody's
-        return _Bundle(drop_id, feed, before, self._news(drop_id, events))
+                        self._mark(watch, drop_id, before)
 
     def _tell_pass(self, watch: Watch, bundle: "_Bundle") -> None:
-        if watch.parked_at is not None:
-            self._mark(watch, bundle)
+        if watch.is_closed:
             return
-        if watch.marks and bundle.drop_id in watch.marks:
-            is_taken = self._tell(watch, bundle.drop_id)
-        else:
-            self._frames += 1
-            data = bundle.data(watch.viewer.dialect)
-            is_taken = not data or watch.viewer.send(data)
-            if not is_taken:
-                self._mark(watch, bundle)
-        if not is_taken:
+        drop_id = bundle.drop_id
+        if watch.parked_at is not None:
+            self._mark(watch, drop_id, bundle.before)
+        elif drop_id in watch.marks:
+            if not self._tell(watch, drop_id):
+                self._park(watch)
+            elif watch.marks.get(drop_id) == bundle.feed.told:
+                del watch.marks[drop_id]  # in step again
+        elif not self._send(watch, bundle.data(watch.viewer.dialect)):
+            self._mark(watch, drop_id, bundle.before)
             self._park(watch)
 
     def _tell_together(self, watch: Watch, bundles: Sequence["_Bundle"], together: dict[Dialect, bytes]) -> None:
@@ -424,16 +554,24 @@ class Hub:
         data = together.get(dialect)
         if data is None:
             data = together[dialect] = b"".join(bundle.data(dialect) for bundle in bundles)
-        self._frames += 1
-        if data and not watch.viewer.send(data):
+        if len(data) > TOGETHER_MAX:
             for bundle in bundles:
-                self._mark(watch, bundle)
+                self._tell_pass(watch, bundle)
+        elif not self._send(watch, data):
+            for bundle in bundles:
+                self._mark(watch, bundle.drop_id, bundle.before)
             self._park(watch)
 
-    def _mark(self, watch: Watch, bundle: "_Bundle") -> None:
-        watch.marks.setdefault(bundle.drop_id, bundle.before)
-        if len(watch.marks) > MARKS_MAX and not watch.is_closed:
-            self._send_away(watch)
+    def _send(self, watch: Watch, data: bytes) -> bool:
+        if not data:
+            return True
+        self._frames += 1
+        return watch.viewer.send(data)
+
+    def _mark(self, watch: Watch, drop_id: DropId, seq: int) -> None:
+        """Unless it has heard even less."""
+        if drop_id not in watch.marks:
+            self.mark(watch, drop_id, seq)
 
     # One viewer --------------------------------------------------------------------------------------
 
@@ -443,87 +581,78 @@ class Hub:
             watch.parked_at = None
             self._parked.discard(watch)
         for drop_id in list(watch.marks):
-            if not self._tell(watch, drop_id):
+            if drop_id in watch.marks and not self._tell(watch, drop_id):
                 self._park(watch)
                 return
 
     def _tell(self, watch: Watch, drop_id: DropId) -> bool:
         """Tell it what it has not heard of one drop; False: it has no room, and heard nothing."""
-        if drop_id in watch.fetching:
+        drop = self.board.drop(drop_id)
+        if drop_id in watch.fetching or drop is None:  # None: another engine's now; should it come back, it is shown
             return True
         mark = watch.marks[drop_id]
-        drop = self.board.drop(drop_id)
-        if drop is None:
-            del watch.marks[drop_id]  # another engine's now
-            return True
-        feed = self._feed(drop_id)
-        if mark == GONE:
+        feed = self._feeds.get(drop_id) or _Feed(drop.seq, drop)
+        if mark == GONE or feed.told - mark > self._history_max:
             return self._show(watch, drop, feed)
-        if mark >= feed.told:
-            if mark == feed.told:
-                del watch.marks[drop_id]
-            return True
         events = feed.between(mark, feed.told)
-        if events is None:
-            if feed.told - mark > HISTORY_MAX or self._nursery is None:
-                return self._show(watch, drop, feed)
-            watch.fetching.add(drop_id)
-            self._nursery.start_soon(self._fetch, watch, drop_id, mark)
-            return True
-        return self._tell_events(watch, drop, feed, events)
+        if events is not None:
+            return self._tell_events(watch, drop, feed, events)
+        if self._nursery is None or self._histories >= self._histories_waiting_max:
+            return self._show(watch, drop, feed)
+        self._histories += 1
+        watch.fetching.add(drop_id)
+        self._nursery.start_soon(self._fetch, watch, drop_id, mark)
+        return True
 
     def _tell_events(self, watch: Watch, drop: Drop, feed: _Feed, events: Sequence[Told]) -> bool:
-        """Events that end where the others who watch are, or before."""
+        """Events that end where the others who watch are, or before; none: it has heard as much as they, or more."""
         drop_id = drop.terms.id
-        news = self._news(drop_id, events)
-        if news is None:
-            return True
-        if len(news.events) > EVENTS_MAX:
-            return self._show(watch, drop, feed)
-        self._frames += 1
-        data = watch.viewer.dialect.news(news, watch.user_id)
-        if data and not watch.viewer.send(data):
-            return False
-        heard = events[-1].event.seq if events else feed.told
-        if heard == feed.told:
-            del watch.marks[drop_id]
-        else:
-            watch.marks[drop_id] = heard
+        heard = watch.marks[drop_id]
+        if events:
+            news = self._news(drop_id, events)
+            if news is None or len(news.events) > self._events_max:
+                return self._show(watch, drop, feed)
+            if not self._send(watch, watch.viewer.dialect.news(news, watch.user_id)):
+                return False
+            heard = events[-1].event.seq
+        self._heard(watch, drop_id, feed, heard)
         return True
 
     def _show(self, watch: Watch, drop: Drop, feed: _Feed) -> bool:
-        self._frames += 1
-        data = watch.viewer.dialect.snapshot(drop)
-        if data and not watch.viewer.send(data):
+        if not self._send(watch, watch.viewer.dialect.snapshot(drop)):
             return False
-        if drop.seq > feed.told:
-            watch.marks[drop.terms.id] = drop.seq  # the next pass tells others what it knows already
-        else:
-            del watch.marks[drop.terms.id]
+        self._heard(watch, drop.terms.id, feed, drop.seq)  # maybe more than the others know
         return True
+
+    def _heard(self, watch: Watch, drop_id: DropId, feed: _Feed, seq: int) -> None:
+        """In step, if that is where the others are; but not while they are being told: it would be told again."""
+        if seq == feed.told and drop_id not in self._telling:
+            watch.marks.pop(drop_id, None)
+        else:
+            watch.marks[drop_id] = seq
 
     async def _fetch(self, watch: Watch, drop_id: DropId, mark: int) -> None:
         """Tell it what happened from the tables, as far as those of memory do not reach."""
         try:
             async with self._reading:
-                found = await self._history(drop_id, mark, HISTORY_MAX)
+                found = await self._history(drop_id, mark, self._history_max)
         except Unavailable:
             found = ()
         finally:
+            self._histories -= 1
             watch.fetching.discard(drop_id)
-        drop = self.board.drop(drop_id)
-        if watch.is_closed or watch.marks.get(drop_id) != mark or drop is None:
+        if watch.parked_at is not None or watch.is_closed:
             return
-        feed = self._feed(drop_id)
-        known = {told.event.seq: told for told in feed.events}
-        events = [known.get(event.seq) or Told(event) for event in found if event.seq <= feed.told]
-        is_whole = [told.event.seq for told in events] == list(range(mark + 1, mark + 1 + len(events)))
-        if not events or not is_whole:
-            watch.marks[drop_id] = GONE
-        elif watch.parked_at is None and not self._tell_events(watch, drop, feed, events):
-            self._park(watch)
-        if watch.parked_at is None:
-            self.catch_up(watch)
+        drop = self.board.drop(drop_id)
+        if watch.marks.get(drop_id) == mark and drop is not None:  # else it wants something else by now
+            feed = self._feeds.get(drop_id) or _Feed(drop.seq, drop)
+            events = [_with_latest(event, drop) for event in found if event.seq <= feed.told]
+            if not events or [told.event.seq for told in events] != list(range(mark + 1, mark + 1 + len(events))):
+                watch.marks[drop_id] = GONE
+            elif not self._tell_events(watch, drop, feed, events):
+                self._park(watch)
+                return
+        self.catch_up(watch)
 
     def _news(self, drop_id: DropId, events: Sequence[Told]) -> News | None:
         drop = self.board.drop(drop_id)
@@ -559,6 +688,17 @@ class Hub:
 STOCK_ONLY: Final = (Reserved, Cancelled)
 
 
+def _line(event: Purchased) -> LatestPurchase:
+    return LatestPurchase(event.hold.user_id, event.username, event.hold.qty, event.at)
+
+
+def _with_latest(event: Event, drop: Drop | None) -> Told:
+    """With what the drop says, if it has seen no later purchase; else that one brings them."""
+    if type(event) is Purchased and drop is not None and drop.latest_purchases[:1] == (_line(event),):
+        return Told(event, drop.latest_purchases)
+    return Told(event)
+
+
 class _Bundle:
     """What one pass tells of one drop, encoded for each dialect once, when the first viewer of that kind comes."""
 
@@ -576,9 +716,3 @@ class _Bundle:
         if data is None:
             data = self._encoded[dialect] = b"" if self._news is None else dialect.news(self._news, None)
         return data
-
-
-def _chunks(batch: Sequence[_Bundle]) -> Iterable[Sequence[_Bundle]]:
-    """Bundles that leave in one send: few enough that what is left of it when a viewer stalls is little."""
-    for begin in range(0, len(batch), BUNDLES_MAX):
-        yield batch[begin : begin + BUNDLES_MAX]
