@@ -10,12 +10,15 @@ Hypercorn's keep-alive time limit does not fire after the first answer of a Quar
 """
 
 import logging
+import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import trio
+from h2.settings import SettingCodes
+from hypercorn import protocol
 from hypercorn.config import Config
 from hypercorn.protocol import h2
 from hypercorn.trio.lifespan import Lifespan
@@ -33,8 +36,23 @@ from api.sockets import Sockets
 
 STREAMS: Final = frozenset(path.encode() for path in events.PATHS)
 SILENCE_S: Final = 75  # after which a connection is closed; longer than any answer takes, shorter than NATs forget
+END_OF_HEAD: Final = re.compile(rb"\n\r?\n")  # as Hypercorn has it, which reads a bare LF, too
 # Of a request's head, what the hot lane has seen to: how long its body is, and that the client has sent it.
 READ_BEFORE: Final = frozenset((b"content-length", b"transfer-encoding", b"expect", b"trailer"))
+
+
+class Http2(h2.H2Protocol):
+    """Hypercorn's, without its offer of WebSockets on streams (RFC 8441): a viewer's needs a connection of its own.
+
+    A browser that is offered them would take no other way, and find nothing there.
+    """
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        del self.connection.local_settings[SettingCodes.ENABLE_CONNECT_PROTOCOL]
+
+
+protocol.H2Protocol = Http2  # type: ignore[assignment,attr-defined]  # no setting for that either
 
 
 class ColdLane:
@@ -144,7 +162,7 @@ class ColdLane:
             while True:
                 some = await stream.receive_some()
                 received += some
-                if not some or b"\r\n\r\n" in received or len(received) >= HEAD_MAX:
+                if not some or END_OF_HEAD.search(received) is not None or len(received) >= HEAD_MAX:
                     return received
         return None
 

@@ -267,7 +267,11 @@ class NativeViewer:
         return known
 
     async def _identify(self, asked: Identify) -> None:
-        if self._service.settings.auth_mode is AuthMode.HEADER and asked.user_id is not None:
+        settings = self._service.settings
+        if settings.auth_mode is AuthMode.HEADER and settings.is_production:
+            # Who a user is says the proxy, in the header of the handshake; what a client says here passes it by.
+            raise ApiError(403, "NOT_ALLOWED", "The proxy of this server says who you are.")
+        if settings.auth_mode is AuthMode.HEADER and asked.user_id is not None:
             await self.identify_by({"x-user-id": asked.user_id}, is_asked=True)
         elif asked.token is not None:
             await self.identify_by({"authorization": f"Bearer {asked.token}"}, is_asked=True)

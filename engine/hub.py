@@ -39,7 +39,7 @@ from engine.model import (
 PASS_S: Final = 0.05  # between two passes: 20 a second, as often as an eye can tell
 SLICE: Final = 128  # viewers told before other tasks have their turn: half a millisecond
 RING_MAX: Final = 100_000  # newest events kept in memory, over all drops: about 20 MB
-EVENTS_MAX: Final = 128  # of one drop that are told at once, about 100 KB; for more there is a snapshot
+EVENTS_MAX: Final = 128  # of one drop that are told at once, about 100 KB; more take several passes, or a snapshot
 MARKS_MAX: Final = 2_000  # drops of which a viewer has heard less than was told; with more it is sent away
 STALL_S: Final = 20.0  # that a viewer may leave unread what it was sent
 SWEEP_S: Final = 1.0
@@ -159,15 +159,17 @@ class Watch:
         """
         if self.is_closed:
             return
-        wanted = [*self.drops, *(resume or {} if is_shown else ())]
+        board = self._hub.board
+        wanted = list(self.drops)
+        if is_shown:
+            wanted += [drop_id for drop_id in resume or {} if board.drop(drop_id) is not None]
         self.unsubscribe(list(self.drops))
         if not self.is_all:
             self.is_all = True
             self._hub.join_all(self)
         for drop_id in wanted:
             self._mark(drop_id, resume)
-        listed = self._hub.board.listed(self._hub.marks_max, 0)[0] if is_shown else ()
-        for drop in listed:
+        for drop in board.listed(self._hub.marks_max, 0)[0] if is_shown else ():
             if drop.terms.id in self.marks or len(self.marks) < self._hub.marks_max:
                 self._mark(drop.terms.id, resume)
         self._hear()
@@ -515,11 +517,15 @@ class Hub:
         """What is told of a drop now; from here on, who is not marked has heard what came before, until it is told."""
         del self._dirty[drop_id]
         feed = self._feed(drop_id)
-        before, feed.told = feed.told, feed.newest
-        events = feed.between(before, feed.told)
+        before, newest = feed.told, feed.newest
+        events = feed.between(before, newest) if newest - before <= self._history_max else None
+        if events is not None and len(events) > self._events_max:
+            events = _fitting(events, self._events_max)
+        feed.told = newest if not events else events[-1].event.seq
+        if feed.told < newest:
+            self._note(drop_id)  # the rest in the next pass
         news = self._news(drop_id, events) if events else None
-        if before != feed.told and (news is None or len(news.events) > self._events_max):
-            news = None
+        if before != feed.told and news is None:
             self._mark_all(drop_id, feed)
         if news is not None and self._users:
             self._mark_users(news, before)
@@ -697,6 +703,16 @@ def _with_latest(event: Event, drop: Drop | None) -> Told:
     if type(event) is Purchased and drop is not None and drop.latest_purchases[:1] == (_line(event),):
         return Told(event, drop.latest_purchases)
     return Told(event)
+
+
+def _fitting(events: list[Told], events_max: int) -> list[Told]:
+    """The first events, up to as many as may be told at once; such as change the stock alone don't count."""
+    count = 0
+    for number, told in enumerate(events):
+        count += type(told.event) not in STOCK_ONLY
+        if count > events_max:
+            return events[:number]
+    return events
 
 
 class _Bundle:

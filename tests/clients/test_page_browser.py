@@ -1,10 +1,9 @@
 """The live page in a real browser, two windows at a time, against real servers.
 
-Needs Playwright and Debian's Chromium; axe-core for the accessibility check, from `axe-playwright-python` or from the
-file `AXE_JS`. Screenshots and figures go to `HOLDFAST_REPORT_DIR`, if that is set.
+Needs Playwright and Debian's Chromium; for the accessibility check also npm, which installs axe-core. Screenshots and
+figures go to `HOLDFAST_REPORT_DIR`, if that is set.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -475,10 +474,6 @@ def test_page_works_over_tls_and_http2(secure: Server, open_window: OpenWindow) 
     assert ann.page.evaluate("performance.getEntriesByType('navigation')[0].nextHopProtocol") == "h2"
 
 
-@pytest.mark.xfail(
-    reason="Hypercorn offers WebSockets over HTTP/2 (RFC 8441), a browser takes the offer, and the answer is 404",
-    strict=False,
-)
 @pytest.mark.usefixtures("feed")
 def test_page_is_live_over_http2(secure: Server, open_window: OpenWindow) -> None:
     ann = open_window(secure, ignore_https_errors=True)
@@ -566,8 +561,9 @@ LOOKS: Final[dict[str, dict[str, Any]]] = {
 
 
 def test_page_has_no_accessibility_fault_in_any_of_its_looks(
-    server: EmbeddedServer, template: str, tmp_path: Path, open_window: OpenWindow, report: Path
+    server: EmbeddedServer, template: str, tmp_path: Path, open_window: OpenWindow, report: Path, node_modules: Path
 ) -> None:
+    axe = (node_modules / "axe-core" / "axe.min.js").read_text()
     with furnished(server, template, tmp_path) as (running, drops):
         for look, options in LOOKS.items():
             ann = open_window(running, **options)
@@ -582,34 +578,21 @@ def test_page_has_no_accessibility_fault_in_any_of_its_looks(
             ann.page.screenshot(path=report / f"{look}.png", full_page=True)
             width = ann.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
             assert width[0] <= width[1], "it scrolls sideways"
-            check_accessibility(ann)
+            check_accessibility(ann, axe)
             for opener, dialog in (("#person", "#person-dialog"), ("#new-drop", "#drop-dialog")):
                 ann.page.locator(opener).click()
                 expect(ann.page.locator(dialog)).to_be_visible()
                 ann.page.screenshot(path=report / f"{look}{dialog.replace('#', '-')}.png")
-                check_accessibility(ann)
+                check_accessibility(ann, axe)
                 ann.page.keyboard.press("Escape")
             ann.press(drops["held"], "back")  # for the next one
             expect(ann.card(drops["held"]).locator(".note")).to_contain_text("Given back")
-    if axe_js() is None:
-        pytest.skip("screenshots only: axe-core is not installed (axe-playwright-python, or AXE_JS)")
 
 
-def axe_js() -> Path | None:
-    """The file of axe-core, if there is one."""
-    if "AXE_JS" in os.environ:
-        return Path(os.environ["AXE_JS"])
-    package = importlib.util.find_spec("axe_playwright_python")
-    return None if package is None or package.origin is None else Path(package.origin).with_name("axe.min.js")
-
-
-def check_accessibility(window: Window) -> None:
-    axe = axe_js()
-    if axe is None:
-        return
+def check_accessibility(window: Window, axe: str) -> None:
     session = window.context.new_cdp_session(window.page)
     # By the debugger: the page's policy lets no script in, and rightly.
-    for expression in (axe.read_text(), "axe.run().then((found) => JSON.stringify(found.violations))"):
+    for expression in (axe, "axe.run().then((found) => JSON.stringify(found.violations))"):
         answer = session.send(
             "Runtime.evaluate",
             {
