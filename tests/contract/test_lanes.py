@@ -322,7 +322,7 @@ def targets() -> Iterator[Case]:
             ("with a way up", "/api/../" + path[1:], MISSING),
             ("in absolute form", "http://127.0.0.1" + path, good),
             ("in absolute form, of another host", "http://elsewhere.example" + path, good),
-            ("in absolute form, without a path", "http://127.0.0.1", MISSING),
+            ("in absolute form, without a path", "http://127.0.0.1", FORBIDDEN_METHOD),
         ):
             yield Case(f"{name}: target {odd}", as_user(method, target), expected)
     yield Case("OPTIONS *", request("OPTIONS", "*"), NO_CONTENT)
@@ -380,7 +380,7 @@ def cold_routes() -> Iterator[Case]:
             yield Case(f"GET {base}{path} of nobody", request("GET", base + path), UNAUTHENTICATED)
     yield Case("GET /healthz", request("GET", "/healthz"), OK)
     yield Case("GET /readyz", request("GET", "/readyz"), OK)
-    yield Case("GET /", request("GET", "/"), MISSING)
+    yield Case("GET /nothing", request("GET", "/nothing"), MISSING)
     yield Case("drops: limit that is none", request("GET", "/api/drops?limit=0&offset=x"), INVALID)
     yield Case("drop", request("GET", "/api/drops/<drop>"), OK)
     yield Case("drop with a purchase", request("GET", "/api/drops/<bought>"), OK)
