@@ -14,7 +14,7 @@ import structlog
 import trio
 from hypercorn.typing import ASGISendCallable
 from quart import Request as QuartRequest
-from quart import Response, Websocket, g, request, websocket
+from quart import Response, Websocket, g, has_websocket_context, request, websocket
 from quart.typing import ResponseTypes
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
@@ -254,6 +254,8 @@ def _from_http(failure: HTTPException) -> ApiError:
     match failure.code:
         case 404:
             return errors.not_found()
+        case 405 if has_websocket_context():
+            return ApiError(400, "BAD_REQUEST", "No WebSocket is served at this address.")
         case 405:
             allowed = ", ".join(sorted(set(getattr(failure, "valid_methods", None) or ()) - {"OPTIONS"}))
             return not_for_this_address(request.method, allowed)
