@@ -16,10 +16,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 import trio
-from trio_websocket import CloseReason, ConnectionClosed, HandshakeError, WebSocketConnection
-from wsproto import WSConnection
-from wsproto.connection import ConnectionState, ConnectionType
-from wsproto.events import BytesMessage, CloseConnection, TextMessage
+from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection
 
 from api import answers, feed, handlers, opening, schemas
 from api.answers import iso
@@ -128,7 +125,7 @@ class Live:
         viewer: NativeViewer | None = None
         try:
             with trio.fail_after(HANDSHAKE_S):
-                socket = await shake_hands(stream, nursery)
+                socket = await opening.shake_hands(stream, nursery, MESSAGE_MAX)
             viewer = NativeViewer(service, socket, stream, nursery)
             self._viewers.add(viewer)
             await viewer.identify_by(asked.headers)
@@ -147,7 +144,7 @@ class Live:
             ApiError: who does not.
         """
         headers = asked.headers
-        if not _may_open(self._settings, headers.get("origin"), headers.get("host", "")):
+        if not opening.may_open(self._settings, asked):
             raise ApiError(403, "ORIGIN_NOT_ALLOWED", "Pages of this origin may not open a live feed.")
         wanted = {word.strip().lower() for word in headers.get("connection", "").split(",")}
         if headers.get("sec-websocket-version") != VERSION or "upgrade" not in wanted:
@@ -288,41 +285,6 @@ class NativeViewer:
             self._complain(failure)
         else:
             self.watch.identify(caller.user_id)
-
-
-class _Connection(WebSocketConnection):
-    """The library's, with two changes.
-
-    A message costs no more memory than its bytes, however many empty pieces it comes in. And a peer that breaks the
-    rules is told so before the connection ends.
-    """
-
-    async def _handle_message_event(self, event: BytesMessage | TextMessage) -> None:
-        if event.data or event.message_finished:
-            await super()._handle_message_event(event)
-
-    async def _handle_close_connection_event(self, event: CloseConnection) -> None:
-        # Open: it is not the peer who closes, but wsproto, which has read what breaks the rules.
-        if self._wsproto.state is ConnectionState.OPEN:
-            self._close_reason = CloseReason(event.code, event.reason)
-            await self._send(CloseConnection(event.code, event.reason))
-        await super()._handle_close_connection_event(event)
-
-
-async def shake_hands(stream: ViewerStream, nursery: trio.Nursery) -> WebSocketConnection:
-    """As `trio_websocket.wrap_server_stream` does it, with a connection of our own kind."""
-    connection = _Connection(
-        stream, WSConnection(ConnectionType.SERVER), message_queue_size=1, max_message_size=MESSAGE_MAX
-    )
-    nursery.start_soon(connection._reader_task)
-    return await (await connection._get_request()).accept()
-
-
-def _may_open(settings: Settings, origin: str | None, host: str) -> bool:
-    try:
-        return settings.allows_page(origin, host)
-    except ValueError:  # what it says is no address
-        return False
 
 
 def _is_key(text: str) -> bool:

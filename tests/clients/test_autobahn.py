@@ -23,7 +23,7 @@ import pytest
 import trio
 from trio_websocket import ConnectionClosed
 
-from api import live
+from api import live, opening
 from api.viewers import BINARY, TEXT, PlainViewer, ViewerStream, frame
 from tests.server import serving
 
@@ -81,7 +81,7 @@ async def echoing() -> AsyncIterator[int]:
     listening.setblocking(False)
 
     async def echo(stream: ViewerStream, nursery: trio.Nursery) -> None:
-        connection = await live.shake_hands(stream, nursery)
+        connection = await opening.shake_hands(stream, nursery, live.MESSAGE_MAX)
         with suppress(ConnectionClosed):
             while True:
                 said = await connection.get_message()
