@@ -38,8 +38,7 @@ import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 
-from api import answers, feed, handlers, opening, schemas
-from api.answers import iso
+from api import feed, handlers, opening, schemas
 from api.errors import ApiError, Detail, explained, invalid
 from api.handlers import Gate, Service
 from api.live import DROPS_MAX
@@ -80,13 +79,7 @@ class Dialect:
         blocks = b"".join(
             _block(
                 message.name,
-                {
-                    "type": "event",
-                    "event": message.name,
-                    "seq": message.seq,
-                    "at": iso(message.at),
-                    "data": message.data,
-                },
+                feed.as_event(message),
             )
             for message in feed.messages(news)
             if message.only_for is None or message.only_for == user_id
@@ -95,7 +88,7 @@ class Dialect:
         return blocks and _marked(news.drop, max(seqs), blocks)
 
     def snapshot(self, drop: Drop) -> bytes:
-        block = _block("snapshot", {"type": "snapshot", "seq": drop.seq, "drop": answers.drop(drop)})
+        block = _block("snapshot", feed.as_snapshot(drop))
         return _marked(drop, drop.seq, block)
 
     def read(self, data: bytes) -> tuple[bytes, list[tuple[DropId, int]]]:

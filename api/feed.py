@@ -22,6 +22,22 @@ class Message(msgspec.Struct, frozen=True):
     only_for: UserId | None = None  # whom alone it concerns
 
 
+def as_event(message: Message) -> dict[str, Any]:
+    """The message as native clients get it, over a WebSocket or as a server-sent event."""
+    return {
+        "type": "event",
+        "event": message.name,
+        "seq": message.seq,
+        "at": iso(message.at),
+        "data": message.data,
+    }
+
+
+def as_snapshot(drop: Drop) -> dict[str, Any]:
+    """The same of a snapshot."""
+    return {"type": "snapshot", "seq": drop.seq, "drop": answers.drop(drop)}
+
+
 def messages(news: News) -> Iterator[Message]:
     """Everything in the order of `seq`, the newest stock in its place."""
     stock = news.stock

@@ -18,8 +18,7 @@ import msgspec
 import trio
 from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection
 
-from api import answers, feed, handlers, opening, schemas
-from api.answers import iso
+from api import feed, handlers, opening, schemas
 from api.errors import ApiError, explained
 from api.handlers import Gate, Service
 from api.opening import Opening
@@ -56,23 +55,13 @@ class Dialect:
 
     def news(self, news: News, user_id: UserId | None) -> bytes:
         return b"".join(
-            frame(
-                _encode(
-                    {
-                        "type": "event",
-                        "event": message.name,
-                        "seq": message.seq,
-                        "at": iso(message.at),
-                        "data": message.data,
-                    }
-                )
-            )
+            frame(_encode(feed.as_event(message)))
             for message in feed.messages(news)
             if message.only_for is None or message.only_for == user_id
         )
 
     def snapshot(self, drop: Drop) -> bytes:
-        return frame(_encode({"type": "snapshot", "seq": drop.seq, "drop": answers.drop(drop)}))
+        return frame(_encode(feed.as_snapshot(drop)))
 
 
 NATIVE: Final = Dialect()
