@@ -120,6 +120,10 @@ class Talk(Protocol):
         """All that was sent has left."""
         ...
 
+    def hindered(self) -> None:
+        """Something has not; or nothing more can be sent."""
+        ...
+
     def ended(self) -> None: ...
 
 
@@ -184,6 +188,16 @@ class Session:
             self._rest = b""
             return False
         return True
+
+    @property
+    def direct(self) -> Callable[[bytes], int] | None:
+        """As a stream's; while it is on one with nothing left to send. Then `Talk.hindered` says when that is over."""
+        return None if self._stream is None or self._rest or self.is_closed else self._stream.direct
+
+    def keep(self, rest: bytes) -> None:
+        """As a stream's."""
+        assert self._stream is not None
+        self._stream.keep(rest)
 
     def write(self, packet: Packet) -> None:
         """Send one packet in any case, behind what waits. A client that does not listen is cut off."""
@@ -327,6 +341,7 @@ class Session:
         self._wake.set()
         self.talk.moved()
         stream.drained = self._drained
+        stream.hindered = self.talk.hindered
         self._drained()
         try:
             while True:
@@ -376,7 +391,7 @@ class Session:
             await self._socket.aclose(code, reason or None)
         if patience.cancelled_caught:
             self._stream.cut()
-        self._stream.drained = None
+        self._stream.drained = self._stream.hindered = None
         self._goodbye.set()
 
 
@@ -388,6 +403,8 @@ class _Over:
     def moved(self) -> None: ...
 
     def has_room(self) -> None: ...
+
+    def hindered(self) -> None: ...
 
     def ended(self) -> None: ...
 

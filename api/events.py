@@ -240,6 +240,7 @@ class Stream:
     """One client's stream of events, from `begin` on."""
 
     dialect = EVENTS
+    direct = None  # each stream's text has an id of its own
 
     def __init__(self, service: Service, asked: Wanted, sink: Sink, end: Callable[[], None]) -> None:
         """`end` has the connection, or the answer, come to its end."""
@@ -284,6 +285,9 @@ class Stream:
         for drop_id, seq in heard:
             self._position.heard(drop_id, seq)
         return self._sink.send(b"%sid: %s\n\n" % (text, self._position.id().encode()))
+
+    def keep(self, rest: bytes) -> None:
+        raise AssertionError("nothing was sent past us")
 
     def send_away(self) -> None:
         self.end()

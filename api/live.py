@@ -26,7 +26,7 @@ from api.promises import in_trio
 from api.settings import AuthMode, Settings
 from api.viewers import ViewerStream, frame
 from engine.drop import Drop
-from engine.hub import News, Watch
+from engine.hub import Direct, News, Watch
 from engine.model import DropId, UserId
 
 PATHS: Final = ("/api/v1/live", "/api/live")
@@ -158,8 +158,10 @@ class NativeViewer:
     ) -> None:
         self.stream = stream
         self.send = stream.send
+        self.keep = stream.keep
         self.watch: Watch = service.hub.watch(self)
         stream.drained = self.watch.go_on
+        stream.hindered = self.watch.hinder
         self._service = service
         self._socket = socket
         self._nursery = nursery
@@ -168,6 +170,10 @@ class NativeViewer:
         self._is_closing = False
 
     # What it is told ---------------------------------------------------------------------------------
+
+    @property
+    def direct(self) -> Direct | None:
+        return self.stream.direct
 
     def send_away(self) -> None:
         self.close(TRY_AGAIN_LATER, "You read too slowly.")

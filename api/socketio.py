@@ -33,7 +33,7 @@ from api.promises import in_trio
 from api.settings import Settings
 from api.viewers import frame
 from engine.drop import Drop
-from engine.hub import News, Watch
+from engine.hub import Direct, News, Watch
 from engine.model import DropId, UserId
 
 DROPS_MAX: Final = 1_000  # that a client may join
@@ -110,6 +110,7 @@ class Client:
     def __init__(self, session: Session, service: Service) -> None:
         self.dialect = FOR_POLLS
         self.send = session.send
+        self.keep = session.keep
         self._session = session
         self._service = service
         self._watch: Watch | None = None  # while it is connected
@@ -126,10 +127,18 @@ class Client:
         if self._watch is not None:
             self._watch.go_on()
 
+    def hindered(self) -> None:
+        if self._watch is not None:
+            self._watch.hinder()
+
     def ended(self) -> None:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
+
+    @property
+    def direct(self) -> Direct | None:
+        return self._session.direct
 
     def send_away(self) -> None:
         self._session.close(TRY_AGAIN_LATER, "You read too slowly.")

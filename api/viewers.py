@@ -41,6 +41,7 @@ class ViewerStream(trio.abc.HalfCloseableStream):
         """`received` has been read from it already; `nursery` is that of its writer."""
         self.is_closed = False
         self.drained: Callable[[], None] | None = None  # told when nothing is left of what was to be sent
+        self.hindered: Callable[[], None] | None = None  # told when something is, or the last has been said
         self._heard_at = trio.current_time()
         self._is_asked = False
         self._received = received
@@ -63,8 +64,13 @@ class ViewerStream(trio.abc.HalfCloseableStream):
             return False
         sent = self._send(data)
         if sent != len(data) and not self.is_closed:
-            self._keep(data[sent:])  # one send of the hub's, and it bounds them
+            self.keep(data[sent:])  # one send of the hub's, and it bounds them
         return True
+
+    @property
+    def direct(self) -> Callable[[bytes], int] | None:
+        """The socket's own `send`, as long as `hindered` has not been told; None: nothing can leave past us."""
+        return None
 
     def write(self, data: bytes) -> None:
         """Send in any case, behind what is left. A viewer for whom too much is left is cut off."""
@@ -74,10 +80,12 @@ class ViewerStream(trio.abc.HalfCloseableStream):
         if len(self._left) + len(data) - sent > LEFT_MAX:
             self.cut()
         elif sent != len(data) and not self.is_closed:
-            self._keep(data[sent:])
+            self.keep(data[sent:])
 
-    def _keep(self, rest: bytes) -> None:
+    def keep(self, rest: bytes) -> None:
+        """Send it as soon as the kernel takes it."""
         self._left += rest
+        self._hinder()
         if not self._is_draining:
             self._is_draining = True
             self._nursery.start_soon(self._drain)
@@ -102,7 +110,7 @@ class ViewerStream(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
         self.write(bytes(data))
         if data[:1] == bytes((CLOSE_FRAME,)):
-            self._is_over = True
+            self._end()
         while self._left and not self.is_closed:
             await self._empty.park()
         if self.is_closed:
@@ -139,14 +147,23 @@ class ViewerStream(trio.abc.HalfCloseableStream):
 
     async def aclose(self) -> None:
         """The library is done with it; `finish` closes it."""
-        self._is_over = self._is_ended = True
+        self._is_ended = True
+        self._end()
         await trio.lowlevel.checkpoint()
 
     # The end -----------------------------------------------------------------------------------------
 
+    def _end(self) -> None:
+        self._is_over = True
+        self._hinder()
+
+    def _hinder(self) -> None:
+        if self.hindered is not None:
+            self.hindered()
+
     async def flush(self) -> None:
         """Wait until what was sent has left, not for long; nothing may follow it."""
-        self._is_over = True
+        self._end()
         with trio.move_on_after(LINGER_S):
             while self._left and not self.is_closed:
                 await self._empty.park()
@@ -170,6 +187,7 @@ class ViewerStream(trio.abc.HalfCloseableStream):
         """Close at once; whoever waits on it finds it closed."""
         if not self.is_closed:
             self.is_closed = True
+            self._hinder()
             self._left.clear()
             self._empty.unpark_all()
             self._close()
@@ -201,20 +219,9 @@ class PlainViewer(ViewerStream):
         _bound(sock.setsockopt)
         self._sock = sock
 
-    def send(self, data: bytes) -> bool:
-        # As for every transport, but in one call: thousands of them make a pass.
-        if self._left or self._is_over or self.is_closed:
-            return False
-        try:
-            sent = self._sock.send(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.cut()
-            return True
-        if sent != len(data):
-            self._keep(data[sent:])
-        return True
+    @property
+    def direct(self) -> Callable[[bytes], int] | None:
+        return self._sock.send if self.has_room else None
 
     def _send(self, data: bytes) -> int:
         try:

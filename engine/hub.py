@@ -4,7 +4,8 @@
 drop's viewers what has changed since the pass before: of its stock only the newest, of everything else each event.
 What is told is encoded once for each kind of client, and leaves in slices, with other tasks between them.
 
-    in step       a viewer has heard every pass so far: it costs one `send` a pass, and nothing is kept for it
+    in step       a viewer has heard every pass so far: it costs one `send` a pass, and nothing is kept for it. As long
+                  as nothing is left to send either, that is the socket's own `send`, with no call of ours around it
     marked        for some drops it has heard less (it was busy, it has just come, it came back with a position):
                   per drop, the `seq` up to which it has heard. It is told the rest from the ring of newest events,
                   what is older than that from the tables, or it gets a snapshot: never a gap that goes unsaid
@@ -15,6 +16,7 @@ A viewer that reads slowly therefore costs a number for each drop that it watche
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Final, Protocol
 
@@ -37,7 +39,7 @@ from engine.model import (
 )
 
 PASS_S: Final = 0.05  # between two passes: 20 a second, as often as an eye can tell
-SLICE: Final = 128  # viewers told before other tasks have their turn: half a millisecond
+SLICE: Final = 256  # viewers told before other tasks have their turn: about 1.5 ms
 RING_MAX: Final = 100_000  # newest events kept in memory, over all drops: about 20 MB
 EVENTS_MAX: Final = 128  # of one drop that are told at once, about 100 KB; more take several passes, or a snapshot
 MARKS_MAX: Final = 2_000  # drops of which a viewer has heard less than was told; with more it is sent away
@@ -47,6 +49,7 @@ HISTORY_MAX: Final = 1_000  # changes that a viewer may have missed and still be
 HISTORIES_MAX: Final = 8  # reads of the tables at once
 HISTORIES_WAITING_MAX: Final = 256  # and with those that wait for them; then a snapshot: after a restart all come back
 BUNDLES_MAX: Final = 64  # drops that are told of together, in one send to those who watch all: some 16 KiB
+DIRECT_MAX: Final = 8_192  # bytes that are told with no look at the viewer, which keeps what the kernel does not take
 TOGETHER_MAX: Final = 65_536  # bytes of such a send: what is left of it when a viewer stalls is kept for it
 GONE: Final = -1  # a mark: it has heard nothing of this drop
 
@@ -103,9 +106,25 @@ class Viewer(Protocol):
         """
         ...
 
+    @property
+    def direct(self) -> "Direct | None":
+        """What tells it at once, while nothing is left to send; None: only `send` does.
+
+        As soon as that changes it calls its watch's `hinder`.
+        """
+        ...
+
+    def keep(self, rest: bytes) -> None:
+        """Send this, which `direct` did not take, as soon as it can be."""
+        ...
+
     def send_away(self) -> None:
         """It is too slow: close, and ask it to come again later."""
         ...
+
+
+Direct = Callable[[bytes], int]
+"""A socket's own `send`: how many bytes it took; raises OSError where that is none."""
 
 
 class HubStatistics(msgspec.Struct, frozen=True):
@@ -120,7 +139,19 @@ class HubStatistics(msgspec.Struct, frozen=True):
 class Watch:
     """A viewer, and what it watches. Made by `Hub.watch`; `close` it in the end."""
 
-    __slots__ = ("_hub", "drops", "fetching", "is_all", "is_closed", "marks", "parked_at", "user_id", "viewer")
+    __slots__ = (
+        "_hub",
+        "dialect",
+        "direct",
+        "drops",
+        "fetching",
+        "is_all",
+        "is_closed",
+        "marks",
+        "parked_at",
+        "user_id",
+        "viewer",
+    )
 
     def __init__(self, hub: "Hub", viewer: Viewer) -> None:
         self.viewer = viewer
@@ -131,6 +162,9 @@ class Watch:
         self.marks: dict[DropId, int] = {}
         self.fetching: set[DropId] = set()
         self.parked_at: float | None = None
+        # While it is in step with everything that it watches: how it is told, as a send by way of the viewer found out.
+        self.direct: Direct | None = None
+        self.dialect: Dialect | None = None
         self._hub = hub
 
     def identify(self, user_id: UserId) -> None:
@@ -215,8 +249,13 @@ class Watch:
         if not self.is_closed:
             self._hub.catch_up(self)
 
+    def hinder(self) -> None:
+        """Ask the viewer again before it is told more."""
+        self.direct = None
+
     def close(self) -> None:
         if not self.is_closed:
+            self.hinder()
             self.unsubscribe_all()
             self.is_closed = True
             self._hub.forget(self)
@@ -318,6 +357,7 @@ class Hub:
         self._telling: set[DropId] = set()  # of which some viewers in step have heard the newest already, and some not
         self._bell = trio.lowlevel.ParkingLot()
         self._is_passing = False
+        self._unrested = 0  # sends since other tasks had their turn
         self._passed = trio.lowlevel.ParkingLot()
         self._watches: set[Watch] = set()
         self._all: dict[Watch, None] = {}
@@ -410,6 +450,7 @@ class Hub:
         self._feed(drop_id).watches[watch] = None
 
     def leave(self, watch: Watch, drop_id: DropId) -> None:
+        watch.hinder()  # a pass may be under way, and have it on its list
         feed = self._feeds.get(drop_id)
         if feed is not None:
             feed.watches.pop(watch, None)
@@ -419,17 +460,20 @@ class Hub:
         """The viewer has heard of this drop up to `seq`, which is not where the others are."""
         if watch.is_closed:
             return
+        watch.hinder()
         watch.marks[drop_id] = seq
         if len(watch.marks) > self.marks_max:
             self._send_away(watch)
 
     def join_all(self, watch: Watch) -> None:
+        watch.hinder()
         self._all[watch] = None
         for drop_id in (*self._dirty, *self._telling):  # it watches from this instant on
             if len(watch.marks) < self.marks_max:
                 watch.marks.setdefault(drop_id, self.newest(drop_id))
 
     def leave_all(self, watch: Watch) -> None:
+        watch.hinder()
         self._all.pop(watch, None)
 
     def newest(self, drop_id: DropId) -> int:
@@ -483,35 +527,52 @@ class Hub:
             await self._tell_of(drop_ids)
 
     async def _tell_of(self, drop_ids: Sequence[DropId]) -> None:
-        work = 0
         self._telling.update(drop_ids)
         bundles = [self._begin(drop_id) for drop_id in drop_ids]
         for bundle in bundles:
-            for watch in list(bundle.feed.watches):
-                if bundle.drop_id in watch.drops:
-                    self._tell_pass(watch, bundle)
-                    work += 1
-                    if work >= self._slice:
-                        work = 0
-                        await trio.lowlevel.checkpoint()
-        together: dict[Dialect, bytes] = {}
-        for watch in list(self._all):
-            if not watch.is_all:
-                continue
-            if len(bundles) == 1 or watch.marks or watch.parked_at is not None:
-                for bundle in bundles:
-                    self._tell_pass(watch, bundle)
-                work += len(bundles)
-            else:
-                self._tell_together(watch, bundles, together)
-                work += 1
-            if work >= self._slice:
-                work = 0
-                await trio.lowlevel.checkpoint()
+            await self._tell_all(list(bundle.feed.watches), bundle.data, partial(self._tell_one, bundle))
+        together = bundles[0] if len(bundles) == 1 else _Together(bundles)
+        await self._tell_all(list(self._all), together.data, partial(self._tell_together, bundles, together))
         self._telling.clear()
         for bundle in bundles:
             self._tidy(bundle.drop_id, bundle.feed)
         await trio.lowlevel.checkpoint()
+
+    async def _tell_all(
+        self, watches: Sequence[Watch], data_of: Callable[[Dialect], bytes], otherwise: Callable[[Watch], None]
+    ) -> None:
+        """Tell those who are in step at once, and everybody else in its own way; other tasks have turns between."""
+        for first in range(0, len(watches), self._slice):
+            some = watches[first : first + self._slice]
+            await self._rest_before(len(some))
+            dialect, data, size = None, b"", 0
+            for watch in some:
+                direct = watch.direct
+                if direct is not None:
+                    if watch.dialect is not dialect:
+                        assert watch.dialect is not None
+                        dialect = watch.dialect
+                        data = data_of(dialect)
+                        size = len(data)
+                    if 0 < size <= DIRECT_MAX:
+                        try:
+                            sent = direct(data)
+                        except OSError:
+                            pass  # no room, or nobody there: the viewer finds out which
+                        else:
+                            self._frames += 1
+                            if sent != size:
+                                watch.viewer.keep(data[sent:])
+                            continue
+                otherwise(watch)
+                await self._rest_before(0)
+
+    async def _rest_before(self, sends: int) -> None:
+        """Let other tasks have their turn before so many sends, if with those since the last time it is a slice."""
+        self._unrested += sends
+        if self._unrested > self._slice:
+            self._unrested = sends
+            await trio.lowlevel.checkpoint()
 
     def _begin(self, drop_id: DropId) -> "_Bundle":
         """What is told of a drop now; from here on, who is not marked has heard what came before, until it is told."""
@@ -540,6 +601,10 @@ class Hub:
                     if watch.is_all or drop_id in watch.drops:
                         self._mark(watch, drop_id, before)
 
+    def _tell_one(self, bundle: "_Bundle", watch: Watch) -> None:
+        if bundle.drop_id in watch.drops:
+            self._tell_pass(watch, bundle)
+
     def _tell_pass(self, watch: Watch, bundle: "_Bundle") -> None:
         if watch.is_closed:
             return
@@ -551,22 +616,33 @@ class Hub:
                 self._park(watch)
             elif watch.marks.get(drop_id) == bundle.feed.told:
                 del watch.marks[drop_id]  # in step again
-        elif not self._send(watch, bundle.data(watch.viewer.dialect)):
+        elif self._send(watch, bundle.data(watch.viewer.dialect)):
+            self._told(watch)
+        else:
             self._mark(watch, drop_id, bundle.before)
             self._park(watch)
 
-    def _tell_together(self, watch: Watch, bundles: Sequence["_Bundle"], together: dict[Dialect, bytes]) -> None:
-        dialect = watch.viewer.dialect
-        data = together.get(dialect)
-        if data is None:
-            data = together[dialect] = b"".join(bundle.data(dialect) for bundle in bundles)
-        if len(data) > TOGETHER_MAX:
+    def _tell_together(self, bundles: Sequence["_Bundle"], together: "_Bundle | _Together", watch: Watch) -> None:
+        if not watch.is_all:
+            return
+        is_behind = watch.marks or watch.parked_at is not None
+        data = b"" if is_behind else together.data(watch.viewer.dialect)
+        if is_behind or len(data) > TOGETHER_MAX:
+            self._unrested += len(bundles) - 1
             for bundle in bundles:
                 self._tell_pass(watch, bundle)
-        elif not self._send(watch, data):
+        elif self._send(watch, data):
+            self._told(watch)
+        else:
             for bundle in bundles:
                 self._mark(watch, bundle.drop_id, bundle.before)
             self._park(watch)
+
+    def _told(self, watch: Watch) -> None:
+        """It has heard what everybody has: the next pass may tell it at once, if nothing speaks against it."""
+        if not watch.marks and not watch.is_closed:
+            viewer = watch.viewer
+            watch.direct, watch.dialect = viewer.direct, viewer.dialect
 
     def _send(self, watch: Watch, data: bytes) -> bool:
         if not data:
@@ -673,6 +749,7 @@ class Hub:
         return News(drop, [told for told in events if type(told.event) not in STOCK_ONLY], stock)
 
     def _park(self, watch: Watch) -> None:
+        watch.hinder()
         if watch.parked_at is None and not watch.is_closed:
             watch.parked_at = trio.current_time()
             self._parked.add(watch)
@@ -731,4 +808,18 @@ class _Bundle:
         data = self._encoded.get(dialect)
         if data is None:
             data = self._encoded[dialect] = b"" if self._news is None else dialect.news(self._news, None)
+        return data
+
+
+class _Together:
+    """What one pass tells of several drops, to those who watch all."""
+
+    def __init__(self, bundles: Sequence[_Bundle]) -> None:
+        self._bundles = bundles
+        self._encoded: dict[Dialect, bytes] = {}
+
+    def data(self, dialect: Dialect) -> bytes:
+        data = self._encoded.get(dialect)
+        if data is None:
+            data = self._encoded[dialect] = b"".join(bundle.data(dialect) for bundle in self._bundles)
         return data

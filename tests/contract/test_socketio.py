@@ -753,6 +753,8 @@ class Nothing:
 
     def has_room(self) -> None: ...
 
+    def hindered(self) -> None: ...
+
     def ended(self) -> None:
         self.has_ended = True
 

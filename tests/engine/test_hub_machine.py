@@ -119,6 +119,7 @@ class Play:
         viewers = [viewer for viewer in on.viewers if not viewer.watch.is_closed]
         if not viewers or (len(viewers) < 6 and chance.random() < 0.2):
             viewers.append(on.viewer())
+            viewers[-1].is_halving = chance.random() < 0.5
         self.act(on, chance.choice(viewers), here)
 
     def happen(self, on: Watched, drop_id: DropId) -> None:

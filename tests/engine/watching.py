@@ -21,7 +21,7 @@ import trio
 
 from engine.board import Board
 from engine.drop import Drop
-from engine.hub import Hub, News, Watch
+from engine.hub import Direct, Hub, News, Watch
 from engine.ledger import Unavailable
 from engine.model import (
     Cancelled,
@@ -112,7 +112,11 @@ class Memory(msgspec.Struct):
 
 
 class Listener:
-    """A viewer in memory. With `room` it takes so many sends, and then none before `read`."""
+    """A viewer in memory. With `room` it takes so many sends, and then none before `read`.
+
+    It can be told directly. One that `is_halving` takes half of what fills its room in that way, and has to be given
+    the rest to keep.
+    """
 
     def __init__(self, on: "Watched", dialect: Plain) -> None:
         self.dialect = dialect
@@ -124,6 +128,8 @@ class Listener:
         self.identified: dict[DropId, int] = {}  # the tables, by drop, when it said who it is
         self.refused = 0
         self._on = on
+        self.is_halving = False
+        self._rest = b""  # of a send that it took in part
         self.watch: Watch = on.hub.watch(self)
 
     # For the hub -------------------------------------------------------------------------------------
@@ -144,6 +150,27 @@ class Listener:
             self.heard.append(message)
         return True
 
+    @property
+    def direct(self) -> Direct | None:
+        return None if self.room == 0 else self._send_directly
+
+    def _send_directly(self, data: bytes) -> int:
+        """As a socket would that has room for half of the last send."""
+        if self.room == 0:
+            raise BlockingIOError
+        assert not self._rest, "the rest of what it took was forgotten"
+        self.send(data)
+        if self.room != 0 or not self.is_halving:
+            return len(data)
+        half = len(data) // 2
+        self._rest = data[half:]
+        return half
+
+    def keep(self, rest: bytes) -> None:
+        assert rest == self._rest
+        self._rest = b""
+        self.watch.hinder()
+
     def send_away(self) -> None:
         assert not self.is_away, "sent away twice"
         self.is_away = True
@@ -152,6 +179,7 @@ class Listener:
 
     def read(self, room: int | None = None) -> None:
         """It has read everything, and takes `room` sends more; None: any number."""
+        assert not self._rest, "the rest of what it took was forgotten"
         self.room = room
         self.watch.go_on()
 
