@@ -7,6 +7,7 @@ alone it grows to megabytes for each viewer that does not read.
 """
 
 import socket
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
@@ -194,21 +195,22 @@ class ViewerStream(trio.abc.HalfCloseableStream):
 
     # Of each transport -------------------------------------------------------------------------------
 
+    @abstractmethod
     def _send(self, data: bytes) -> int:
         """Bytes that left at once; maybe none."""
-        raise NotImplementedError
+        ...
 
-    async def _wait_writable(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _wait_writable(self) -> None: ...
 
-    async def _send_some(self, data: bytearray) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    async def _send_some(self, data: bytearray) -> int: ...
 
-    async def _receive(self, most: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    async def _receive(self, most: int) -> bytes: ...
 
-    def _close(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _close(self) -> None: ...
 
 
 class PlainViewer(ViewerStream):

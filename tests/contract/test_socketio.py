@@ -873,6 +873,10 @@ class Slow(ViewerStream):
     async def _send_some(self, data: bytearray) -> int:
         return self._send(bytes(data))
 
+    async def _receive(self, most: int) -> bytes:
+        await trio.sleep_forever()
+        return b""
+
     def _close(self) -> None: ...
 
     async def send_eof(self) -> None: ...
