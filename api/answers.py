@@ -31,24 +31,45 @@ class Answer(msgspec.Struct, frozen=True):
     code: str = ""
 
 
-def success(status_code: int, data: Any, request_id: str) -> Answer:
-    return Answer(status_code, _encode({"success": True, "data": data, "meta": {"requestId": request_id}}))
+class Version(msgspec.Struct, frozen=True, gc=False):
+    """The state of its drop at which an answer is true: after change `seq`, in an engine that writes under `epoch`."""
+
+    seq: int
+    epoch: int
 
 
-def error(failure: ApiError, request_id: str) -> Answer:
+def success(status_code: int, data: Any, request_id: str, version: Version | None = None) -> Answer:
+    """`version` where the answer is about one drop, here and in errors."""
+    body = b'{"success":true,"data":%s,"meta":%s}' % (_encode(data), _meta(request_id, version).encode())
+    return Answer(status_code, body)
+
+
+def error(failure: ApiError, request_id: str, version: Version | None = None) -> Answer:
     headers = failure.headers
     if failure.retry_after_s is not None:
         headers = (*headers, ("Retry-After", str(failure.retry_after_s)))
-    if failure.details is None:
-        body = b'%s,"meta":{"requestId":%s}}' % (_plain_error(failure.code, failure.message), _encode(request_id))
-    else:
-        body = _encode({"success": False, "error": to_dict(failure), "meta": {"requestId": request_id}})
+    is_plain = failure.details is None
+    envelope = _plain_error(failure.code, failure.message) if is_plain else _open_error(to_dict(failure))
+    body = b'%s,"meta":%s}' % (envelope, _meta(request_id, version).encode())
     return Answer(failure.status_code, body, headers, failure.code)
 
 
 @lru_cache(maxsize=256)  # a sold-out drop says the same to everybody
 def _plain_error(code: str, message: str) -> bytes:
-    return _encode({"success": False, "error": {"code": code, "message": message}})[:-1]
+    return _open_error({"code": code, "message": message})
+
+
+def _open_error(told: dict[str, Any]) -> bytes:
+    """The envelope up to where `meta` goes."""
+    return _encode({"success": False, "error": told})[:-1]
+
+
+def _meta(request_id: str, version: Version | None) -> str:
+    # The request id may be the client's, and hold what JSON has to escape.
+    quoted = _encode(request_id).decode()
+    if version is None:
+        return f'{{"requestId":{quoted}}}'
+    return f'{{"requestId":{quoted},"seq":{version.seq},"epoch":{version.epoch}}}'
 
 
 EXPOSED_HEADERS = "X-Request-Id, Idempotency-Replayed, Retry-After"
@@ -119,16 +140,16 @@ def _purchaser(line: LatestPurchase) -> dict[str, Any]:
     }
 
 
-def reserved(hold: Hold, available_stock: int, request_id: str) -> Answer:
+def reserved(hold: Hold, available_stock: int, request_id: str, version: Version | None) -> Answer:
     # Written out, since most of a drop's first second is this answer: 1.5 µs instead of 5 with dicts and the encoder.
-    # No value but the request id, which may be the client's, can hold anything that JSON would have to escape.
+    # No value of it can hold anything that JSON would have to escape.
     body = (
         f'{{"success":true,"data":{{"reservation":{{"id":"{hold.id}","drop_id":"{hold.drop_id}",'
         f'"user_id":"{hold.user_id}","status":"active","expires_at":"{iso(hold.expires_at)}",'
         f'"created_at":"{iso(hold.created_at)}"}},"drop":{{"id":"{hold.drop_id}",'
-        f'"available_stock":{available_stock}}}}},"meta":{{"requestId":'
+        f'"available_stock":{available_stock}}}}},"meta":{_meta(request_id, version)}}}'
     )
-    return Answer(201, b"%s%s}}" % (body.encode(), _encode(request_id)))
+    return Answer(201, body.encode())
 
 
 def purchased(event: Purchased) -> dict[str, Any]:

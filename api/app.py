@@ -24,7 +24,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, RequestTim
 from api import answers, errors, live, pages, schemas
 from api.answers import JSON, Answer
 from api.errors import ApiError
-from api.handlers import Gate, Request, patiently
+from api.handlers import Gate, Request, failed, patiently
 from api.http1 import BODY_S, DRAIN_MAX, body_timed_out, body_too_large, not_for_this_address
 from api.routes import BASE_PATHS, ROUTES, Route
 from api.settings import Settings
@@ -157,7 +157,11 @@ def _view(gate: Gate, route: Route) -> Callable[..., Awaitable[Response]]:
             request_id=g.request_id,
         )
         handling = route.handler(service, asked)
-        return _response(await (patiently(service, asked, handling) if route.is_hot else handling))
+        try:
+            answer = await (patiently(service, asked, handling) if route.is_hot else handling)
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it belongs to the one who asked
+            answer = failed(service, asked, failure)
+        return _response(answer)
 
     return view
 

@@ -28,7 +28,7 @@ import trio
 from api import answers, errors, handlers, http1, schemas
 from api.answers import JSON, Answer
 from api.errors import ApiError
-from api.handlers import Gate, Request
+from api.handlers import Gate, Request, Service
 from api.http1 import Message, Reader
 from api.polling import READ, WRITE, EpollPoller, Poller, Ready, TaskPoller
 from api.promises import drive
@@ -106,26 +106,32 @@ HOT: Final = tuple(
 class Exchange:
     """One hot request, until it is answered."""
 
-    __slots__ = ("connection", "due", "is_over", "origin", "request_id", "route", "started_at")
+    __slots__ = ("connection", "due", "is_over", "origin", "request", "request_id", "route", "started_at")
 
-    def __init__(self, connection: "Connection", route: Route, origin: str | None, request_id: str) -> None:
+    def __init__(self, connection: "Connection", route: Route, request: Request) -> None:
         self.connection = connection
         self.route = route
-        self.origin = origin
-        self.request_id = request_id
+        self.request: Request | None = request
+        self.origin = request.headers.get("origin")
+        self.request_id = request.request_id
         self.started_at = self.due = 0.0
         self.is_over = False
 
     def done(self, answer: Answer) -> None:
         if not self.is_over:  # else it took too long, and that was the answer
             self.is_over = True
+            self.request = None  # it may be a while until nobody looks at our deadline any more
             self.connection.lane.answer(self, answer)
 
     def failed(self, failure: Exception) -> None:
+        request, lane = self.request, self.connection.lane
         if isinstance(failure, Unavailable):  # with the database all of them fail: the report says so once
-            self.connection.lane.unavailable(failure)
+            lane.unavailable(failure)
             failure = errors.fault(FaultCode.UNAVAILABLE)
-        self.done(answers.error(errors.explained(failure), self.request_id))
+        if request is None:
+            errors.explained(failure)  # nobody waits for it any more, but a bug of ours is logged
+        else:
+            self.done(handlers.failed(lane.service, request, failure))
 
 
 class Connection:
@@ -504,7 +510,8 @@ class HotLane:
         raw = message.headers
         headers = {name: raw[key].decode("latin-1").strip(" \t") for key, name in HEADERS if key in raw}
         request_id = schemas.request_id(headers.get("x-request-id"))
-        exchange = Exchange(connection, route, headers.get("origin"), request_id)
+        request = Request(headers, {}, path, message.body, request_id)
+        exchange = Exchange(connection, route, request)
         exchange.started_at = self.now
         exchange.due = self.now + self._answer_s
         if message.is_too_large:
@@ -515,11 +522,7 @@ class HotLane:
         except ApiError as refusal:
             exchange.failed(refusal)
             return
-        drive(
-            route.handler(service, Request(headers, {}, path, message.body, request_id)),
-            exchange.done,
-            exchange.failed,
-        )
+        drive(route.handler(service, request), exchange.done, exchange.failed)
         if not exchange.is_over:
             deadlines = self._deadlines
             while deadlines and deadlines[0].is_over:
@@ -538,6 +541,10 @@ class HotLane:
         head = self.head(answer, exchange.origin, exchange.request_id, is_last=connection.is_last)
         connection.write(head + answer.body)
         connection.done()
+
+    @property
+    def service(self) -> Service | None:
+        return self._gate.service
 
     def unavailable(self, fault: Unavailable) -> None:
         self._report.unavailable = str(fault)

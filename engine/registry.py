@@ -108,6 +108,7 @@ class Registry:
         # Of drops that crashed: how long they rested before the last reload, and when that was.
         self._rests: dict[DropId, tuple[float, float]] = {}
         self._out_of_service: dict[DropId, FaultCode] = {}
+        self._last_epochs: dict[DropId, int] = {}  # of drops that another engine took over
         self._finding = trio.Lock()
         self._restarts = 0
         self._nursery: trio.Nursery | None = None
@@ -186,6 +187,14 @@ class Registry:
                         self._adopt(record)
         out = self._out_of_service.get(drop_id)
         return self.board.drop(drop_id) if out is None else Fault(out)
+
+    def epoch_of(self, drop_id: DropId) -> int | None:
+        """The epoch under which a drop is ours, or was until it was let go; None: it is not in memory.
+
+        Called from within a reply, it is that of the outcome's event, or a newer one of ours.
+        """
+        actor = self._actors.get(drop_id)
+        return self._last_epochs.get(drop_id) if actor is None else actor.epoch
 
     async def expire_now(self) -> dict[DropId, int]:
         """Settle everything that is due this instant; how many holds expired, by drop."""
@@ -356,6 +365,7 @@ class Registry:
         self._out_of_service[drop_id] = FaultCode.FENCED
         actor = self._actors.get(drop_id)
         if actor is not None:
+            self._last_epochs[drop_id] = actor.epoch  # what was committed under it may not be answered yet
             actor.stop_serving(FaultCode.FENCED)
             self._retire(drop_id)
 

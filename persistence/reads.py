@@ -67,6 +67,8 @@ class PurchasePage(msgspec.Struct, frozen=True):
 
 
 class ReservationLine(msgspec.Struct, frozen=True):
+    """A reservation as it was at `drop_seq` of its drop."""
+
     id: ReservationId
     drop_id: DropId
     user_id: UserId
@@ -74,6 +76,8 @@ class ReservationLine(msgspec.Struct, frozen=True):
     status: ReservationStatus
     created_at: Instant
     expires_at: Instant
+    drop_seq: int
+    drop_epoch: int
 
 
 class Reads:
@@ -107,8 +111,8 @@ class Reads:
             row = await (await conn.execute(statements.RESERVATION, {"id": reservation_id})).fetchone()
         if row is None:
             return None
-        id_, drop_id, user_id, qty, status, created_at, expires_at = row
-        return ReservationLine(id_, drop_id, user_id, qty, ReservationStatus(status), created_at, expires_at)
+        id_, drop_id, user_id, qty, status, *instants_and_version = row
+        return ReservationLine(id_, drop_id, user_id, qty, ReservationStatus(status), *instants_and_version)
 
     async def has_drop(self, drop_id: DropId) -> bool:
         async with self._session() as conn:

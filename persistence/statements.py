@@ -288,9 +288,13 @@ RESERVATION: Final = _compiled(
         reservations.c.status,
         _milliseconds(reservations.c.created_at),
         _milliseconds(reservations.c.expires_at),
-    ).where(reservations.c.id == _value("id", sa.Uuid))
+        drops.c.seq,
+        drops.c.epoch,
+    )
+    .join(drops, drops.c.id == reservations.c.drop_id)
+    .where(reservations.c.id == _value("id", sa.Uuid))
 )
-"""One reservation by its id alone: the first part of its key."""
+"""One reservation by its id alone, the first part of its key; and the version of its drop, in the same snapshot."""
 
 HISTORY: Final = _compiled(
     sa.select(

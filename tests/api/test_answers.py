@@ -58,6 +58,17 @@ def test_error_to_the_byte() -> None:
     assert answer.headers == ()
 
 
+def test_version_of_the_drop_comes_after_the_request_id() -> None:
+    version, meta = answers.Version(1_234, 2), b'"meta":{"requestId":"7","seq":1234,"epoch":2}}'
+
+    assert answers.success(200, {"id": "x"}, "7", version).body == b'{"success":true,"data":{"id":"x"},' + meta
+    assert answers.error(ApiError(409, "CODE", "Why."), "7", version).body == (
+        b'{"success":false,"error":{"code":"CODE","message":"Why."},' + meta
+    )
+    with_details = answers.error(errors.invalid([Detail("price", "is required")]), "7", version)
+    assert with_details.body.endswith(b'"message":"is required"}]},' + meta)
+
+
 def test_details_to_the_byte() -> None:
     answer = answers.error(errors.invalid([Detail("price", "is required")]), "7")
 
@@ -161,7 +172,7 @@ def test_drop_is_shown_as_it_is_committed_with_its_feed() -> None:
 
 @pytest.mark.parametrize("request_id", ["r-1", 'a "quoted" \\ one'])
 def test_reservation_is_answered_with_the_stock_that_it_left(request_id: str) -> None:
-    answer = answers.reserved(HOLD, 2, request_id)
+    answer = answers.reserved(HOLD, 2, request_id, answers.Version(7, 3))
 
     assert answer.status_code == 201
     # To the byte what the encoder makes of it, although it is written out by hand.
@@ -179,7 +190,7 @@ def test_reservation_is_answered_with_the_stock_that_it_left(request_id: str) ->
                 },
                 "drop": {"id": "drop-1", "available_stock": 2},
             },
-            "meta": {"requestId": request_id},
+            "meta": {"requestId": request_id, "seq": 7, "epoch": 3},
         }
     )
 

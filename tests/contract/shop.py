@@ -47,7 +47,7 @@ def seconds_of(instant: str) -> float:
 
 
 class Reply:
-    """An answer in the contract's envelope; anything else fails here."""
+    """An answer in the contract's envelope; anything else fails here. `version`: `meta.seq` and `meta.epoch`, or ()."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.status = response.status_code
@@ -56,7 +56,11 @@ class Reply:
         assert response.headers["content-type"] == "application/json"
         body = response.json()
         self.is_replay = response.headers.get("idempotency-replayed") == "true"
-        assert body["meta"] == {"requestId": response.headers["x-request-id"]} or self.is_replay
+        request_id, *version = body["meta"].items()
+        assert request_id == ("requestId", response.headers["x-request-id"]) or self.is_replay
+        assert [name for name, _ in version] in ([], ["seq", "epoch"])
+        self.version = tuple(value for _, value in version)
+        assert all(type(number) is int and number >= 1 for number in self.version)
         if response.is_success:
             assert set(body) == {"success", "data", "meta"}
             assert body["success"] is True

@@ -79,7 +79,7 @@ def test_replay_names_the_first_request_in_its_body_and_the_retry_in_its_header(
     visitor.ask("POST", path, key="k", headers={"X-Request-Id": "first"})
     again = visitor.ask("POST", path, key="k", headers={"X-Request-Id": "second"})
 
-    assert again.body["meta"] == {"requestId": "first"}
+    assert again.body["meta"] == {"requestId": "first", "seq": 2, "epoch": 1}
     assert again.headers["x-request-id"] == "second"
 
 

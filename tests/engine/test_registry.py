@@ -310,6 +310,43 @@ async def test_a_crash_while_a_rival_takes_the_drop_lets_it_go(autojump_clock: M
         assert on.ledger.tables.drops[DROP].epoch == 2
 
 
+# Epochs -------------------------------------------------------------------------------------------------
+
+
+async def test_the_epoch_of_a_drop_is_that_of_its_newest_take_over(autojump_clock: MockClock) -> None:
+    async with stage() as on:
+        assert on.registry.epoch_of(DROP) is None
+        await on.make_drop()
+        assert on.registry.epoch_of(DROP) == 1
+        on.ask(CRASHING)
+        await trio.sleep(1)
+        assert on.registry.epoch_of(DROP) == on.ledger.tables.drops[DROP].epoch == 2
+        assert on.registry.epoch_of(OTHER) is None
+
+
+@pytest.mark.parametrize(("rivals", "epoch"), [(0, 2), (1, 1)], ids=["taken over again", "let go"])
+async def test_an_answer_after_a_doubt_has_an_epoch_not_below_that_of_its_event(
+    autojump_clock: MockClock, rivals: int, epoch: int
+) -> None:
+    async with stage() as on:
+        await on.make_drop()
+        on.ledger.fail_next(Trouble.LOST_AFTER_COMMIT)
+        told: list[tuple[Outcome, int | None]] = []
+        on.registry.ask(DROP, reserve(ANN), lambda outcome: told.append((outcome, on.registry.epoch_of(DROP))))
+        await trio.sleep(COMMIT_S / 2)
+        on.ledger.is_down = True
+        await trio.sleep(1)
+        assert told == []
+        for _ in range(rivals):
+            on.ledger.rival_takes(DROP)
+        on.ledger.is_down = False
+        await trio.sleep(1)
+        ((outcome, told_epoch),) = told
+        assert isinstance(outcome, Reserved)
+        assert told_epoch == epoch
+        assert (on.registry.board.drop(DROP) is None) == bool(rivals)
+
+
 async def test_a_drop_that_is_broken_for_hours_stops_nobody_and_recovers(autojump_clock: MockClock) -> None:
     ledger = PickyLedger()
     async with stage(ledger) as on:

@@ -71,9 +71,21 @@ async def test_a_reservation_is_found_by_its_id_alone(reads: Reads, ledger: Post
     await ledger.commit([scribe.birth()])
     hold = scribe.reserves(ann, qty=2)
     await ledger.commit([scribe.change()])
-    line = ReservationLine(hold.id, scribe.drop_id, ann, 2, ReservationStatus.ACTIVE, at(0), at(HOLD_MS))
+    line = ReservationLine(hold.id, scribe.drop_id, ann, 2, ReservationStatus.ACTIVE, at(0), at(HOLD_MS), 2, 1)
     assert await reads.reservation(hold.id) == line
     assert await reads.reservation(ReservationId(new_id())) is None
+
+
+async def test_a_reservation_comes_with_the_version_of_its_own_drop(reads: Reads, ledger: PostgresLedger) -> None:
+    scribe, other = Scribe(), Scribe()
+    await ledger.commit([scribe.birth(), other.birth()])
+    hold = scribe.reserves(user())
+    scribe.reserves(user())
+    await ledger.commit([scribe.change()])
+    await ledger.take_over([scribe.drop_id])
+    line = await reads.reservation(hold.id)
+    assert line is not None
+    assert (line.drop_seq, line.drop_epoch) == (3, 2)
 
 
 async def test_history_comes_in_pages(reads: Reads, ledger: PostgresLedger) -> None:
