@@ -123,7 +123,10 @@ class KeyRow(msgspec.Struct, gc=False):
 
 
 class Tables(msgspec.Struct):
-    """What the database holds in the end, in one snapshot; each list in any order."""
+    """What the database holds in the end, in one snapshot; each list in any order.
+
+    `keys` belongs to every history whose clients give keys: an answer under a key that is not here counts as lost.
+    """
 
     drops: list[DropRow]
     reservations: list[ReservationRow]
@@ -152,3 +155,6 @@ class Recording(msgspec.Struct):
     tables: Tables
     deliveries: list[Delivery] = []
     ttl_ms: int | None = None  # that every hold lasts, where they all last as long
+    # Drops that were there before the history began, and the `seq` that each had reached: up to it nobody need have
+    # asked for anything. All drops of a history without any `create` are such, with all that clients did to them in it.
+    given: dict[str, int] = {}
