@@ -62,7 +62,7 @@ RESET: Final = b'event: reset\ndata: {"type":"reset"}\n\n'
 ALL: Final = "*"
 TOO_MANY: Final = "**"
 BY_NAME: Final = re.compile(r"([0-9a-f]{12})((?:\.[0-9]{1,15})+)")
-OF_ALL: Final = re.compile(r"\*((?:[0-9A-Za-z_-]{22}\.[0-9]{1,15})?(?:~[0-9A-Za-z_-]{22}\.[0-9]{1,15})*)")
+OF_ALL: Final = re.compile(r"\*((?:[0-9A-Za-z_-]{22}\.[0-9]{1,15}(?:~[0-9A-Za-z_-]{22}\.[0-9]{1,15})*)?)")
 MARK: Final = b"\0"  # before what the dialect says to the streams: nothing in JSON has this byte
 
 _encode = msgspec.json.encode

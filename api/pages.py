@@ -1,8 +1,10 @@
-"""The live page: `GET /`, and the files that it is made of under `/page/`.
+"""The pages: the live one at `/` and the documentation at `/docs`, the files that they are made of under `/page/` and
+`/docs/`, and the OpenAPI document that the latter shows.
 
-They are read once, when the application is made, and served from memory. A browser keeps them and asks each time
-whether they have changed (`ETag`), so an update of the server is an update of the page. The page is told here, in
-`<meta>`, which mode the server runs in; nothing else in it depends on the server, and nothing on a user.
+All are read once, when the application is made, and served from memory. A browser keeps them and asks each time
+whether they have changed (`ETag`), so an update of the server is an update of its pages. A page is told here, in
+`<meta>`, which mode the server runs in; nothing else in it depends on the server, and nothing on a user. In production
+the documentation is served too: the API is public, and what keeps it safe is not that nobody knows it.
 """
 
 import hashlib
@@ -14,10 +16,12 @@ import msgspec
 from quart import Response, request
 from quart_trio import QuartTrio
 
-from api import errors
+from api import errors, openapi
+from api.answers import JSON
 from api.settings import Settings
 
 FOLDER: Final = Path(__file__).with_name("page")
+DOCS: Final = Path(__file__).with_name("docs")
 INDEX: Final = "index.html"
 
 CONTENT_TYPES: Final = {
@@ -60,10 +64,10 @@ class PageFile(msgspec.Struct, frozen=True):
     etag: str
 
 
-def load(settings: Settings) -> dict[str, PageFile]:
-    """Every file of the page by its name; the index has its settings filled in."""
+def load(folder: Path, settings: Settings) -> dict[str, PageFile]:
+    """Every file of a page by its name; the index has its settings filled in."""
     files = {}
-    for path in sorted(FOLDER.iterdir()):
+    for path in sorted(folder.iterdir()):
         content_type = CONTENT_TYPES.get(path.suffix)
         if content_type is None:
             continue
@@ -71,22 +75,29 @@ def load(settings: Settings) -> dict[str, PageFile]:
         if path.name == INDEX:
             body = body.replace(b"{{APP_ENV}}", settings.app_env.encode())
             body = body.replace(b"{{AUTH_MODE}}", settings.auth_mode.encode())
-        files[path.name] = PageFile(body, content_type, hashlib.sha256(body).hexdigest()[:32])
+        files[path.name] = _page_file(body, content_type)
     return files
 
 
 def register(app: QuartTrio, settings: Settings) -> None:
-    """Add the page's routes."""
-    files = load(settings)
-    app.add_url_rule("/", "page", _index(files[INDEX]), methods=["GET"])
-    app.add_url_rule("/page/<name>", "page file", _file(files), methods=["GET"])
+    """Add the pages' routes."""
+    for address, under, folder in (("/", "/page", FOLDER), ("/docs", "/docs", DOCS)):
+        files = load(folder, settings)
+        app.add_url_rule(address, address, _only(files[INDEX]), methods=["GET"])
+        app.add_url_rule(f"{under}/<name>", f"{under} file", _file(files), methods=["GET"])
+    document = _page_file(openapi.encoded(), JSON)
+    app.add_url_rule("/openapi.json", "/openapi.json", _only(document), methods=["GET"])
 
 
-def _index(file: PageFile) -> Callable[[], Awaitable[Response]]:
-    async def index() -> Response:
+def _page_file(body: bytes, content_type: str) -> PageFile:
+    return PageFile(body, content_type, hashlib.sha256(body).hexdigest()[:32])
+
+
+def _only(file: PageFile) -> Callable[[], Awaitable[Response]]:
+    async def only() -> Response:
         return _response(file)
 
-    return index
+    return only
 
 
 def _file(files: dict[str, PageFile]) -> Callable[[str], Awaitable[Response]]:

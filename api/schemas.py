@@ -27,6 +27,7 @@ LAST_INSTANT = datetime(3000, 1, 1, tzinfo=UTC)  # beyond it a date is a mistake
 STOCK_MAX = 1_000_000_000
 PRICE_MAX = 2**53 - 1  # the largest integer that every JSON client reads exactly
 PAGE_MAX = 100
+PAGE_DEFAULT = 20
 OFFSET_MAX = 1_000_000
 # Of a body; no request needs more than two. The parser's own limit is another one in each version of Python.
 NESTING_MAX = 32
@@ -110,7 +111,7 @@ def page(query: Mapping[str, str]) -> Page:
         ApiError: 422.
     """
     details: list[Detail] = []
-    limit = _count(query, "limit", 20, 1, PAGE_MAX, details)
+    limit = _count(query, "limit", PAGE_DEFAULT, 1, PAGE_MAX, details)
     offset = _count(query, "offset", 0, 0, OFFSET_MAX, details)
     if details:
         raise invalid(details)

@@ -234,6 +234,13 @@ def _jwt_secret(text: str) -> str:
     return text
 
 
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("there is no user of this name, or no home directory") from None
+
+
 def _text(text: str) -> str:
     return text
 
@@ -273,7 +280,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         is_secret=True, in_words="none: an embedded PostgreSQL",
     ),
     _setting(
-        "HOLDFAST_DATA_DIR", ".holdfast", "path", ("a directory", lambda text: Path(text).expanduser()),
+        "HOLDFAST_DATA_DIR", ".holdfast", "path", ("a directory", _path),
         "Where the embedded PostgreSQL keeps its data and its log.",
     ),
     _setting(
@@ -350,12 +357,12 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     ),
     _setting(
         "TLS_CERTFILE", None, "path",
-        ("a PEM file with a certificate and its chain", lambda text: Path(text).expanduser()),
+        ("a PEM file with a certificate and its chain", _path),
         "Serve HTTPS and HTTP/2 with this certificate, not plain HTTP. Behind a proxy that ends TLS leave it out: then"
         " the port has its fast lane.",
     ),
     _setting(
-        "TLS_KEYFILE", None, "path", ("a PEM file with a private key", lambda text: Path(text).expanduser()),
+        "TLS_KEYFILE", None, "path", ("a PEM file with a private key", _path),
         "The key of `TLS_CERTFILE`, if it is not in that file.",
     ),
     _setting(
