@@ -58,6 +58,10 @@ class Server:
         raise AssertionError(f"{path} did not answer {status} within {timeout_s} s:\n{self.log()}")
 
     @property
+    def is_started(self) -> bool:
+        return self._process is not None
+
+    @property
     def process(self) -> subprocess.Popen[bytes]:
         assert self._process is not None, "not started"
         return self._process

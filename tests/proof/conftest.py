@@ -32,9 +32,9 @@ _numbers = itertools.count(1)
 class Postgres:
     """A server over one directory that may be stopped and started again; its port stays the same."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, **settings: str) -> None:
         self.port = free_port()
-        self._embedded = EmbeddedPostgres(data_dir, settings=_SETTINGS, port=self.port)
+        self._embedded = EmbeddedPostgres(data_dir, settings={**_SETTINGS, **settings}, port=self.port)
         self._server: EmbeddedServer | None = None
 
     @property
@@ -53,6 +53,16 @@ class Postgres:
         os.kill(self.server.pid, signal.SIGQUIT)
         wait_for(lambda: not self._embedded.is_running)
         self._embedded.stop()
+
+    def kill(self) -> None:
+        """SIGKILL the postmaster; its children notice by themselves."""
+        os.kill(self.server.pid, signal.SIGKILL)
+        wait_for(lambda: not self._embedded.is_running)
+        self._embedded.stop()
+
+    @property
+    def is_running(self) -> bool:
+        return self._embedded.is_running
 
     def administer(self, statement: sql.Composed) -> None:
         with psycopg.connect(self.server.dsn_of("postgres"), autocommit=True) as connection:

@@ -42,16 +42,23 @@ class Fault(Enum):
     LATE = auto()  # (open) the engine is cut off; the server gets the batch `delay_s` later
     UNENDED = auto()  # (open) the server has run the batch and waits for its end; the engine is cut off
     LATE_END = auto()  # (open) the same, but the end comes `delay_s` later: only then it commits
+    MID_BATCH = auto()  # the server gets the first bytes of the batch, and the connection's end
+    MID_ANSWER = auto()  # the server has committed, the engine gets the first bytes of its answer
+    FROZEN = auto()  # the batch, and all behind it, is held up for `delay_s`, and then passes
     DELAYED = auto()  # the answer comes, `delay_s` late
     SLICED = auto()  # both ways in pieces of a few bytes
 
 
 class Strike:
-    """One fault, waiting for its commit. `struck` is set when that came, `over` when nothing more will happen."""
+    """One fault, waiting for its commit. `struck` is set when that came, `over` when nothing more will happen.
 
-    def __init__(self, fault: Fault, delay_s: float) -> None:
+    `share` is how much of what is cut in the middle gets through, from 0 to 1.
+    """
+
+    def __init__(self, fault: Fault, delay_s: float, share: float) -> None:
         self.fault = fault
         self.delay_s = delay_s
+        self.share = share
         self.struck = threading.Event()
         self.over = threading.Event()
 
@@ -59,14 +66,17 @@ class Strike:
 class Proxy:
     """`with Proxy(port) as proxy:` listens on `proxy.port` and passes everything on to `port` of 127.0.0.1."""
 
-    def __init__(self, to_port: int) -> None:
+    def __init__(self, to_port: int, listen: Callable[[int], socket.socket] | None = None) -> None:
+        """`listen` makes a listener on a port; without it, one on 127.0.0.1."""
         self.port = free_port()
         self.to_port = to_port
+        self._listen = listen or _listen_here
         self.commits = 0  # that came by, struck or not
         self._strikes: deque[Strike] = deque()
         self._links: set[_Link] = set()
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
+        self._host = ""
         self._lock = threading.Lock()
         self._flows = threading.Event()
         self._flows.set()
@@ -74,7 +84,7 @@ class Proxy:
     def dsn(self, direct: str) -> str:
         """The DSN of the same database through here."""
         database = conninfo_to_dict(direct)["dbname"]
-        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}?sslmode=disable&gssencmode=disable"
+        return f"postgresql://postgres@{self._host}:{self.port}/{database}?sslmode=disable&gssencmode=disable"
 
     def __enter__(self) -> Self:
         self.accept()
@@ -89,9 +99,9 @@ class Proxy:
 
     # What a test asks for ------------------------------------------------------------------------------
 
-    def strike(self, fault: Fault, *, delay_s: float = 0.0) -> Strike:
+    def strike(self, fault: Fault, *, delay_s: float = 0.0, share: float = 0.5) -> Strike:
         """Let `fault` befall the next commit that no earlier strike takes."""
-        strike = Strike(fault, delay_s)
+        strike = Strike(fault, delay_s, share)
         self._strikes.append(strike)
         return strike
 
@@ -107,7 +117,8 @@ class Proxy:
 
     def accept(self) -> None:
         """Listen, at the start and after `refuse`."""
-        listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
+        listener = self._listen(self.port)
+        self._host = listener.getsockname()[0]
         with self._lock:
             self._listener = listener
         self.spawn(self._accept, listener)
@@ -123,8 +134,9 @@ class Proxy:
 
     def spawn(self, work: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=work, args=arguments, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        with self._lock:
+            self._threads = [one for one in self._threads if one.is_alive()] + [thread]
 
     def take_strike(self) -> Strike | None:
         with self._lock:
@@ -136,6 +148,10 @@ class Proxy:
 
     def wait_for_flow(self) -> None:
         self._flows.wait()
+
+    def forget(self, link: "_Link") -> None:
+        with self._lock:
+            self._links.discard(link)
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -218,7 +234,14 @@ class _Link:
             case Fault.CUT_BEFORE | Fault.RESET_BEFORE:
                 _end(self._engine, reset=strike.fault is Fault.RESET_BEFORE)
                 strike.over.set()
-            case Fault.CUT_AFTER | Fault.RESET_AFTER | Fault.DELAYED:
+            case Fault.MID_BATCH:
+                whole = b"".join(batch)
+                self._to_server(whole[: _first(strike.share, len(whole))])
+                self.end()
+                strike.over.set()
+            case Fault.FROZEN:
+                self._later(strike, b"".join(batch))
+            case Fault.CUT_AFTER | Fault.RESET_AFTER | Fault.MID_ANSWER | Fault.DELAYED:
                 self._strike = strike
                 self._to_server(b"".join(batch))
             case Fault.SILENT_BEFORE:
@@ -277,6 +300,7 @@ class _Link:
             if self._late is not None:
                 self._late.over.set()
             self.end()
+            self._proxy.forget(self)
 
     def _pass_answer(self, kind: bytes, message: bytes) -> None:
         strike = self._strike
@@ -287,6 +311,13 @@ class _Link:
             case Fault.CUT_AFTER | Fault.RESET_AFTER:
                 if kind == b"Z":  # ready for the next statement: this one has ended, and so committed
                     _end(self._engine, reset=strike.fault is Fault.RESET_AFTER)
+                    strike.over.set()
+            case Fault.MID_ANSWER:
+                if not self._swallows:
+                    self._to_engine(message[: _first(strike.share, len(message))])
+                    self._swallows = True
+                if kind == b"Z":
+                    _end(self._engine)
                     strike.over.set()
             case Fault.UNENDED | Fault.LATE_END:
                 if kind in b"CE":  # it has run, or failed
@@ -310,6 +341,10 @@ class _Link:
         self._proxy.wait_for_flow()
         if not self._swallows:
             self._engine.sendall(message)
+
+
+def _listen_here(port: int) -> socket.socket:
+    return socket.create_server(("127.0.0.1", port), backlog=128)
 
 
 # The protocol and the sockets ---------------------------------------------------------------------------
@@ -342,6 +377,11 @@ def _exactly(side: socket.socket, size: int) -> bytes:
             raise ConnectionError("closed in the middle of a message")
         received += more
     return received
+
+
+def _first(share: float, size: int) -> int:
+    """So many bytes of `size`: at least one, and not all."""
+    return min(max(1, int(share * size)), size - 1)
 
 
 def _slices(message: bytes) -> Iterator[bytes]:

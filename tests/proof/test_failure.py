@@ -1,10 +1,8 @@
 """The world fails around a running server: what it goes on doing, what it refuses, and how it comes back by itself."""
 
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +13,6 @@ import httpx
 import psycopg
 import pytest
 import trio
-from psycopg import sql
 from trio.testing import wait_all_tasks_blocked
 
 from persistence.embedded import EmbeddedServer, find_running
@@ -397,59 +394,6 @@ async def test_embedded_server_goes_with_its_killed_owner_and_comes_back_with_th
     assert not is_alive(again.pid)
 
 
-# --- no room ---------------------------------------------------------------------------------------------
-
-
-async def test_full_disk_refuses_reservations_and_recovers_when_there_is_room(
-    postgres: Postgres, tmp_path: Path, engine: StartEngine
-) -> None:
-    with (
-        small_disk(tmp_path / "disk", megabytes=48) as disk,
-        tablespace_on(postgres, disk) as tablespace,
-        postgres.new_database(tablespace) as name,
-    ):
-        await _fill_up(postgres.server.dsn_of(name), disk, engine)
-
-
-async def _fill_up(dsn: str, disk: Path, engine: StartEngine) -> None:
-    server = engine(dsn, RESERVATION_TTL_SECONDS="3")
-    shop = Shop(server.port)
-    drop_id = await shop.new_drop(1_000_000)
-    users = await shop.users(80)
-    for user in users[:10]:
-        assert (await user.reserve(drop_id)).status == 201
-    fill(disk / "ballast")
-    full: Exchange | None = None
-    with trio.fail_after(30):
-        for user in users[10:]:  # the pages that are there have room for some
-            exchange = await user.reserve(drop_id, new_key())
-            if exchange.status != 201:
-                full = exchange
-                break
-    assert full is not None, "the disk is not full"
-    assert (full.status, full.code) == (503, "STORAGE_FULL")
-    assert full.answer is not None
-    assert "retry-after" in full.answer.headers
-    bought = await users[0].purchase(drop_id)
-    assert bought.code in ("", "STORAGE_FULL", "RESERVATION_EXPIRED"), bought
-    # They are tried, room or not: the log says so for as long as the disk is full.
-    await until(lambda: server.log().count('"storage_full"') >= 3)
-    assert (await shop.get("/api/v1/drops")).status == 200
-    assert checks.violations(dsn) == []
-    (disk / "ballast").unlink()
-    began = time.monotonic()
-    await answered(lambda: users[-1].reserve(drop_id, "room"), lambda exchange: exchange.status == 201)
-    back_s = time.monotonic() - began
-    print(
-        f"{len(shop.history.of('reserve', 201))} got in before; purchase when full: {bought.code or 201};"
-        f" reserves work {back_s:.2f} s after there is room"
-    )
-    await until(lambda: checks.number(dsn, "SELECT held_count FROM drops") == 0)
-    assert checks.violations(dsn) == []
-    assert checks.lost_or_made_up(dsn, shop.history) == []
-    assert bugs_in(server) == []
-
-
 # --- what they need --------------------------------------------------------------------------------------
 
 
@@ -532,39 +476,3 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-@contextmanager
-def small_disk(at: Path, *, megabytes: int) -> Iterator[Path]:
-    at.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "holdfast-test", str(at)], capture_output=True, text=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"a small disk needs the right to mount one: {mounted.stderr.strip()}")
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", "-l", str(at)], check=True)
-
-
-@contextmanager
-def tablespace_on(postgres: Postgres, disk: Path) -> Iterator[str]:
-    """Data on the small disk and the WAL elsewhere: a full WAL disk is a PANIC, and another story."""
-    place = disk / "tables"
-    place.mkdir()
-    owner = (postgres.server.data_dir / "postgres").stat()
-    shutil.chown(place, owner.st_uid, owner.st_gid)
-    name = sql.Identifier("small")
-    postgres.administer(sql.SQL("CREATE TABLESPACE {} LOCATION {}").format(name, sql.Literal(str(place))))
-    try:
-        yield "small"
-    finally:
-        postgres.administer(sql.SQL("DROP TABLESPACE {}").format(name))
-
-
-def fill(file: Path) -> None:
-    with suppress(OSError), file.open("wb") as ballast:
-        while True:
-            ballast.write(bytes(4096))
-            ballast.flush()

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 import trio
 
-from tests.proof import checks
+from tests.proof import checker, checks, recorder
 from tests.proof.clients import Answer, Exchange, History, Shop, User
 from tests.proof.conftest import Postgres, StartEngine, until
 from tests.server import Server, serving
@@ -54,6 +54,10 @@ async def test_storm_of_300_users_on_50_units_sells_each_unit_once_and_refuses_h
     assert checks.lost_or_made_up(database, history) == []
     assert checks.dishonest(database, history) == []
     assert checks.out_of_order(database, history) == []
+    recording = recorder.recording(
+        recorder.operations_of(history.exchanges), database, ttl_ms=TTL_S * 1000, given={drop_id: 1}
+    )
+    assert [str(violation) for violation in checker.check(recording)] == []
     sold = len(history.of("purchase", 201))
     assert 0 < sold <= UNITS
     assert await shop.available(drop_id) == UNITS - sold
