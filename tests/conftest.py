@@ -14,6 +14,9 @@ from psycopg import sql
 
 from persistence.embedded import EmbeddedServer, forget_pg_variables, running
 from tests.ports import free_port
+from tests.proof import canaries
+
+canaries.arm()  # before any test is imported; nothing, unless the environment names one
 
 _TEMPLATE = "migrated"
 _numbers = itertools.count(1)

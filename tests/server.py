@@ -4,7 +4,6 @@ import os
 import signal
 import ssl
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 import httpx
 
 from tests.ports import free_port
+from tests.proof import canaries
 
 START_S = 30.0  # generous: a loaded machine, not a benchmark
 STOP_S = 20.0
@@ -34,7 +34,7 @@ class Server:
         """Start it and wait until `until` answers 200; with an empty `until`, do not wait."""
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "api.cli", "serve"],
+                self.command(),
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -43,6 +43,10 @@ class Server:
         if until:
             self.wait_for(until)
         return self
+
+    def command(self) -> list[str]:
+        """What is run."""
+        return canaries.command("serve")
 
     def wait_for(self, path: str, status: int = 200, timeout_s: float = START_S) -> float:
         """Wait until `path` answers `status`; how long that took (s)."""
@@ -104,7 +108,11 @@ class Server:
             "LOG_FORMAT": "json",
             **self._settings,
         }
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+        kept = {
+            name: os.environ[name]
+            for name in ("PATH", "HOME", "LANG", "TMPDIR", *canaries.HELD_BY)
+            if name in os.environ
+        }
         return {**kept, **ours}
 
 

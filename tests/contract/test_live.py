@@ -47,6 +47,7 @@ HANDSHAKE: Final = {
     "sec_websocket_key": KEY,
 }
 TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
+CHANGES_MAX: Final = 3_000  # told one by one, some 600 KB: several times what a kernel and we keep for a viewer
 STAGED: Final = DropId("0199c2f0-0000-7000-8000-000000000001")
 Json = dict[str, Any]
 
@@ -847,6 +848,7 @@ async def test_viewer_that_does_not_read_is_conflated_and_then_sent_away() -> No
         while not on.hub.statistics().parked:
             on.reserve()
             changes += 1
+            assert changes < CHANGES_MAX, "whatever it does not read is kept for it"
             await trio.sleep(0.0015)
             with trio.move_on_after(0):
                 await quick.receive_some(65_536)

@@ -11,6 +11,7 @@ from typing import NoReturn
 import psycopg
 import pytest
 import trio
+import trio.testing
 from psycopg import sql
 
 from engine.ledger import Batch, Change, InDoubt, LedgerFault, Rejected, Resolution, StorageFull, Unavailable
@@ -361,6 +362,29 @@ async def test_a_commit_waits_for_a_rival_and_then_misses(subject: PostgresSubje
         await until_waiting(session, writer_pid(subject.ledger))
     assert hits == [frozenset()]
     assert await events_of(subject, scribe) == 1
+
+
+async def test_a_commit_under_way_is_not_cancelled_with_its_caller(
+    subject: PostgresSubject, session: TrioConnection
+) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    scribe.reserves(user())
+    hits: list[frozenset[str]] = []
+    caller = trio.CancelScope()
+
+    async def commit() -> None:
+        with caller:
+            hits.append(frozenset(await subject.ledger.commit([scribe.change()])))
+
+    async with trio.open_nursery() as nursery, session.transaction():
+        await session.execute("SELECT 1 FROM drops WHERE id = %s FOR UPDATE", (scribe.drop_id,))
+        nursery.start_soon(commit)
+        await until_waiting(session, writer_pid(subject.ledger))
+        caller.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+    assert hits == [{scribe.drop_id}]
+    assert subject.ledger.statistics().connections == 1
 
 
 # Refusals of the server ---------------------------------------------------------------------------------
