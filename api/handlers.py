@@ -186,7 +186,10 @@ async def list_drops(service: Service, request: Request) -> Answer:
 
 
 async def show_drop(service: Service, request: Request) -> Answer:
-    return await in_trio(_shown(service, request))
+    with trio.move_on_after(service.registry.answer_s):
+        return await in_trio(_shown(service, request))
+    # It is not in memory, and being loaded takes longer than anybody waits.
+    raise errors.fault(FaultCode.UNAVAILABLE)
 
 
 async def _shown(service: Service, request: Request) -> Answer:
@@ -394,7 +397,15 @@ async def _why_not_on_board(
         raise errors.fault(FaultCode.RESTARTING)
     is_expired = row.status is ReservationStatus.EXPIRED
     code = RefusalCode.RESERVATION_EXPIRED if is_expired else RefusalCode.RESERVATION_NOT_ACTIVE
-    return answers.error(REFUSED[code], request.request_id, Version(row.drop_seq, row.drop_epoch))
+    request.drop_id = row.drop_id
+    seq, state = row.drop_seq, service.registry.board.drop(row.drop_id)
+    if state is not None:
+        # The tables may be ahead of the board by what we don't know yet, and who was told of that must not be shown
+        # less by the next answer. In our own epoch it is a commit: ended, and not on the board, is true there, too.
+        if service.registry.epoch_of(row.drop_id) != row.drop_epoch:
+            raise errors.fault(FaultCode.RESTARTING)
+        seq = min(seq, state.seq)
+    return answers.error(REFUSED[code], request.request_id, Version(seq, row.drop_epoch))
 
 
 async def find_drop(service: Service, drop_id: DropId) -> Drop:

@@ -1,7 +1,8 @@
 """Engine time: the wall clock, read once, then carried on by Trio's monotonic clock.
 
 It decides what is early and what is late, so it never runs backward: not when somebody sets the machine's clock,
-and not across a restart, since it starts no earlier than the newest instant that the ledger holds.
+not across a restart, since it starts no earlier than the newest instant that the ledger holds, and not where a drop
+comes from an engine whose clock was ahead of ours: then it catches up.
 """
 
 import time
@@ -31,6 +32,15 @@ class Clock:
     def now(self) -> Instant:
         """The current instant, rounded down: a deadline in whole milliseconds has come exactly when it says so."""
         return Instant(self._anchor_ms + int((self._current_time() - self._anchor_s) * MS_PER_S))
+
+    def catch_up(self, instant: Instant) -> bool:
+        """Be no earlier than this instant, which another engine has decided at; whether that moved the clock.
+
+        Alarms that were set come sooner then: tell the timer.
+        """
+        behind_ms = instant - self.now()
+        self._anchor_ms += max(0, behind_ms)
+        return behind_ms > 0
 
     def trio_time(self, instant: Instant) -> float:
         """When, on Trio's clock, `instant` comes (s)."""

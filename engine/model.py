@@ -246,7 +246,7 @@ class DropRecord(msgspec.Struct, frozen=True):
     """A drop as the ledger has it, with all that a decision needs.
 
     `newest_ended` is the status of each user's newest reservation on this drop where that one is over;
-    `latest_purchases` are the newest three, newest first.
+    `latest_purchases` are the newest three, newest first. `updated_at` is the instant of its last event.
     """
 
     terms: Terms
@@ -259,3 +259,4 @@ class DropRecord(msgspec.Struct, frozen=True):
     holds: list[Hold]
     newest_ended: dict[UserId, ReservationStatus]
     latest_purchases: tuple[LatestPurchase, ...]
+    updated_at: Instant

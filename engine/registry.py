@@ -247,6 +247,12 @@ class Registry:
         for record in records:
             self._adopt(record)
 
+    def _catch_up_with(self, record: DropRecord) -> None:
+        """Whoever had the drop before us may have been ahead of us: its time must not run back (I19)."""
+        if self.clock.catch_up(record.updated_at):
+            log.warning("clock_caught_up", drop_id=record.terms.id, to=record.updated_at)
+            self._timer.look_again()
+
     async def drain(self) -> None:
         """Take no more commands, and wait until all that were taken are answered."""
         self.fault = FaultCode.STOPPING
@@ -262,6 +268,7 @@ class Registry:
     def _adopt(self, record: DropRecord) -> None:
         """Start a drop that was taken over; one whose state contradicts itself is left alone, loudly."""
         drop_id = record.terms.id
+        self._catch_up_with(record)
         try:
             drop = Drop.restored(record)
         except AssertionError as bug:
@@ -344,6 +351,7 @@ class Registry:
             self.drop_lost(drop_id)
             return
         actor.epoch = record.epoch
+        self._catch_up_with(record)
         drop = Drop.restored(record)
         self.board.show(drop)
         actor.resume(drop, record.epoch)

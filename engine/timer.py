@@ -64,6 +64,10 @@ class Timer:
             self._earlier.set()
         heapq.heappush(self._heap, (deadline, next(self._tie), alarm))
 
+    def look_again(self) -> None:
+        """The clock was moved: the next deadline comes sooner than it seemed."""
+        self._earlier.set()
+
     async def run(self) -> None:
         while True:
             self._earlier = trio.Event()

@@ -59,7 +59,7 @@ async def _load(conn: TrioConnection, raising: LiteralString, wanted: dict[str, 
 
 def _record(row: Row) -> DropRecord:
     id_, name, price, currency, total_stock, starts_at, ends_at, created_by, created_at = row[:9]
-    status, available_stock, held_count, sold_count, epoch, seq = row[9:]
+    status, available_stock, held_count, sold_count, epoch, seq, updated_at = row[9:]
     return DropRecord(
         terms=Terms(
             id=id_,
@@ -81,6 +81,7 @@ def _record(row: Row) -> DropRecord:
         holds=[],
         newest_ended={},
         latest_purchases=(),
+        updated_at=updated_at,
     )
 
 

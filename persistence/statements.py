@@ -104,6 +104,7 @@ def _take_over(condition: Column) -> LiteralString:
             drops.c.sold_count,
             drops.c.epoch,
             drops.c.seq,
+            _milliseconds(drops.c.updated_at),
         )
     )
 

@@ -147,27 +147,15 @@ class MemoryLedger:
 
     async def take_over(self, drop_ids: Sequence[DropId] | None) -> list[DropRecord]:
         await self._reach()
-        self._settle()
-        drops = self.tables.drops
-        if drop_ids is None:
-            over = (DropStatus.ENDED, DropStatus.CANCELLED)
-            drop_ids = [id_ for id_, row in drops.items() if row.status not in over or row.held_count]
-        taken = [drop_id for drop_id in dict.fromkeys(drop_ids) if drop_id in drops]
-        for drop_id in taken:
-            drops[drop_id].epoch += 1
-        records = self._records(taken)
+        records = self._take_over(drop_ids)
         await trio.sleep(self.latency_s / 2)
         return records
 
     async def reclaim(self, drop_id: DropId, epoch: int) -> DropRecord | None:
         await self._reach()
-        self._settle()
-        row = self.tables.drops.get(drop_id)
-        if row is None or row.epoch != epoch:
-            return None
-        row.epoch += 1
-        (record,) = self._records([drop_id])
-        await trio.sleep(self.latency_s / 2)
+        record = self._reclaim(drop_id, epoch)
+        if record is not None:
+            await trio.sleep(self.latency_s / 2)
         return record
 
     async def commit(self, batch: Batch) -> frozenset[DropId]:
@@ -189,16 +177,13 @@ class MemoryLedger:
 
     async def resolve(self, batch: Batch) -> dict[DropId, Resolution]:
         await self._reach()
-        self._settle()
-        resolutions = {change.drop_id: self._resolution(change) for change in batch}
+        resolutions = self._resolve(batch)
         await trio.sleep(self.latency_s / 2)
         return resolutions
 
     async def newest_instant(self) -> Instant | None:
         await self._reach()
-        instants = [row.updated_at for row in self.tables.drops.values()]
-        instants += [receipt.created_at for _, receipt in self.tables.receipts.values()]
-        return max(instants, default=None)
+        return self._newest_instant()
 
     # --- how it fails -------------------------------------------------------------------------------------
 
@@ -241,6 +226,33 @@ class MemoryLedger:
                 self._commit(batch)
             except Rejected:
                 continue
+
+    # --- how it takes over --------------------------------------------------------------------------------
+
+    def _take_over(self, drop_ids: Sequence[DropId] | None) -> list[DropRecord]:
+        self._settle()
+        drops = self.tables.drops
+        if drop_ids is None:
+            over = (DropStatus.ENDED, DropStatus.CANCELLED)
+            drop_ids = [id_ for id_, row in drops.items() if row.status not in over or row.held_count]
+        taken = [drop_id for drop_id in dict.fromkeys(drop_ids) if drop_id in drops]
+        for drop_id in taken:
+            drops[drop_id].epoch += 1
+        return self._records(taken)
+
+    def _reclaim(self, drop_id: DropId, epoch: int) -> DropRecord | None:
+        self._settle()
+        row = self.tables.drops.get(drop_id)
+        return None if row is None or row.epoch != epoch else self._take_over([drop_id])[0]
+
+    def _resolve(self, batch: Batch) -> dict[DropId, Resolution]:
+        self._settle()
+        return {change.drop_id: self._resolution(change) for change in batch}
+
+    def _newest_instant(self) -> Instant | None:
+        instants = [row.updated_at for row in self.tables.drops.values()]
+        instants += [receipt.created_at for _, receipt in self.tables.receipts.values()]
+        return max(instants, default=None)
 
     # --- how it writes ------------------------------------------------------------------------------------
 
@@ -305,6 +317,7 @@ class MemoryLedger:
                 )
                 for purchase in newest
             ),
+            updated_at=row.updated_at,
         )
 
 

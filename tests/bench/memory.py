@@ -57,7 +57,7 @@ class FullLedger(YesLedger):
         terms = Terms(drop_id, "Bench", 1, "USD", 2 * self._each, None, None, None, self._now)
         holds = [self._hold(drop_id, number * self._each + place) for place in range(self._each)]
         status = DropStatus.LIVE
-        return DropRecord(terms, status, self._each, self._each, 0, 2, self._each + 1, holds, {}, ())
+        return DropRecord(terms, status, self._each, self._each, 0, 2, self._each + 1, holds, {}, (), self._now)
 
     def _hold(self, drop_id: DropId, number: int) -> Hold:
         taken = Instant(self._now + number)  # instants are objects too, and rarely shared in life

@@ -98,7 +98,7 @@ def counts(drop: Rules) -> tuple[int, int, int]:
     return drop.available, drop.held, drop.sold
 
 
-def record_of(drop: Drop, epoch: int = 1) -> DropRecord:
+def record_of(drop: Drop, epoch: int = 1, updated_at: int = 0) -> DropRecord:
     """The drop as a ledger would keep it."""
     return DropRecord(
         terms=drop.terms,
@@ -111,4 +111,5 @@ def record_of(drop: Drop, epoch: int = 1) -> DropRecord:
         holds=list(drop.holds.values()),
         newest_ended=dict(drop.newest_ended),
         latest_purchases=drop.latest_purchases,
+        updated_at=Instant(updated_at),
     )

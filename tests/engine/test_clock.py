@@ -28,6 +28,19 @@ async def test_a_step_of_the_wall_clock_moves_nothing(mock_clock: MockClock) -> 
     assert clock.ahead_s(wall=lambda: 102.0) == pytest.approx(-1.0)
 
 
+async def test_clock_that_was_behind_another_catches_up_and_never_falls_back(mock_clock: MockClock) -> None:
+    clock = Clock(wall=lambda: 100.0)
+    mock_clock.jump(0.5)
+    assert clock.catch_up(Instant(103_000))
+    assert clock.now() == 103_000
+    mock_clock.jump(1.0)
+    assert clock.now() == 104_000
+    assert clock.trio_time(Instant(104_000)) == pytest.approx(trio.current_time(), abs=1e-4)
+    assert not clock.catch_up(Instant(104_000))
+    assert not clock.catch_up(Instant(5))
+    assert clock.now() == 104_000
+
+
 async def test_a_millisecond_begins_when_it_says_so(mock_clock: MockClock) -> None:
     clock = Clock(wall=lambda: 0.0)
     mock_clock.jump(0.0009)

@@ -161,6 +161,7 @@ class Model:
             holds=[line.hold for line in self.lines if line.state == "active"],
             newest_ended={user: ReservationStatus(state) for user, state in newest.items() if state != "active"},
             latest_purchases=tuple(reversed(self.purchases[-3:])),
+            updated_at=Instant(0),
         )
 
 
@@ -351,6 +352,7 @@ def as_record(drop: Drop) -> DropRecord:
         # Of a user who holds again, the earlier end may be remembered or not: nothing looks at it.
         newest_ended={user: status for user, status in drop.newest_ended.items() if user not in drop.holds},
         latest_purchases=drop.latest_purchases,
+        updated_at=Instant(0),
     )
 
 

@@ -9,7 +9,7 @@ from trio.testing import MockClock
 
 from engine.clock import Clock
 from engine.drop import Drop
-from engine.ledger import Unavailable
+from engine.ledger import Change, Unavailable
 from engine.model import (
     Create,
     DropCreated,
@@ -27,7 +27,7 @@ from engine.model import (
 )
 from engine.publisher import Publisher
 from engine.registry import Limits, running
-from tests.engine.making import ANN, BEN, CAT, DROP, cancel, counts, purchase, reserve, terms
+from tests.engine.making import ANN, BEN, CAT, DROP, at, cancel, counts, purchase, reserve, terms
 from tests.engine.stage import COMMIT_S, PickyLedger, Stage, has_no_room_for_rows, rejects_drop, stage
 from tests.fakes import MemoryLedger, Trouble
 
@@ -540,3 +540,51 @@ async def test_an_engine_that_is_not_drained_still_ends_and_loses_nothing_acknow
     acknowledged = {outcome.hold.id for outcome in outcomes if isinstance(outcome, Reserved)}
     assert acknowledged
     assert acknowledged <= set(ledger.tables.reservations)
+
+
+# Time ----------------------------------------------------------------------------------------------------
+
+
+async def test_engine_that_starts_behind_the_last_one_goes_on_at_its_time(autojump_clock: MockClock) -> None:
+    """Also where the last one's batch landed after the newest instant was asked for."""
+    ledger = MemoryLedger(latency_s=COMMIT_S)
+    async with running(ledger, Clock(wall=lambda: 100.0), Publisher()) as ahead:
+        create = Create(terms(2, created_at=100_000), DropStatus.LIVE)
+        await ahead.wait_for(lambda reply: ahead.create(create, reply))
+        await ahead.call(DROP, reserve(ANN))
+    last = ledger.tables.drops[DROP].updated_at
+    async with running(ledger, Clock(wall=lambda: 0.0), Publisher()) as behind:
+        assert behind.clock.now() >= last
+        outcome = await behind.call(DROP, reserve(BEN))
+        assert isinstance(outcome, Reserved)
+        assert outcome.at >= last
+
+
+@pytest.mark.parametrize("is_reloaded", [True, False])
+async def test_drop_that_comes_from_an_engine_ahead_moves_time_and_alarms(
+    is_reloaded: bool, autojump_clock: MockClock
+) -> None:
+    async with stage() as on:
+        await on.make_drop()
+        await on.make_drop(drop_id=OTHER)
+        ann = on.ask(reserve(ANN, hold_ms=60_000), OTHER)
+        await trio.sleep(1)
+        assert isinstance(ann.outcome, Reserved)
+        row = on.ledger.tables.drops[DROP]
+        if is_reloaded:
+            row.updated_at = at(50_000)
+            on.ask(reserve(BEN, qty=0))  # an assertion stops the drop
+        else:
+            ended = DropId("ended")
+            event = DropCreated(1, at(50_000), terms(drop_id=ended), DropStatus.ENDED)
+            await on.ledger.commit([Change(ended, 1, 0, [event], [])])
+            await on.registry.find(ended)
+        await trio.sleep(2)
+        assert on.clock.now() >= 50_000
+        began_s, began_at = trio.current_time(), on.clock.now()
+        await on.sleep_until(ann.outcome.hold.expires_at + 200)
+        assert trio.current_time() - began_s < 11
+        assert on.counts(OTHER) == (2, 0, 0)
+        assert on.clock.now() - began_at == pytest.approx((trio.current_time() - began_s) * 1000, abs=2)
+        if is_reloaded:  # in the fake's row alone: no event says so
+            row.updated_at = on.ledger.tables.events[DROP, row.seq].event.at

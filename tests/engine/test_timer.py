@@ -54,6 +54,17 @@ async def test_an_earlier_deadline_wakes_a_timer_that_sleeps_for_a_later_one(aut
         assert rung == [("early", 200), ("late", 500)]
 
 
+async def test_an_alarm_rings_at_its_instant_when_the_clock_is_moved_toward_it(autojump_clock: MockClock) -> None:
+    async with running_timer() as (timer, clock):
+        rung: list[tuple[int, float]] = []
+        timer.alarm(lambda: rung.append((clock.now(), round(trio.current_time(), 3)))).set(Instant(60_000))
+        await trio.sleep(1)
+        assert clock.catch_up(Instant(58_000))
+        timer.look_again()
+        await trio.sleep(5)
+        assert rung == [(60_000, 3.0)]
+
+
 async def test_an_alarm_rings_at_the_earliest_instant_it_was_set_to_and_once(autojump_clock: MockClock) -> None:
     async with running_timer() as (timer, clock):
         rung: list[int] = []

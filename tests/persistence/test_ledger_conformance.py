@@ -76,6 +76,7 @@ async def test_a_drop_is_loaded_as_it_was_born(subject: Subject) -> None:
         holds=[],
         newest_ended={},
         latest_purchases=(),
+        updated_at=scribe.terms.created_at,
     )
 
 
@@ -136,6 +137,7 @@ async def test_a_birth_may_carry_more_events(subject: Subject) -> None:
     assert counts(record) == (3, 2, 0, 3)
     assert record.status is DropStatus.LIVE
     assert record.holds == [hold]
+    assert record.updated_at == change.events[-1].at
     assert await subject.events(scribe.drop_id) == change.events
 
 
