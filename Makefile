@@ -7,6 +7,7 @@ PYTHON ?=
 PYTHONS := python3 python3.13 python3.12 python3.11 python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+PROVE_ARGS ?=
 
 BIN := $(VENV)/bin
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -21,7 +22,7 @@ STAMP_BASELINE := $(VENV_BASELINE)/.installed-$(shell { cat requirements-baselin
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help serve test check lint format bench seed migrate audit lock clean clean-data FORCE
+.PHONY: help serve test check lint format bench prove seed migrate audit lock clean clean-data FORCE
 
 help: ## this list
 	@echo "make <target>   [PYTHON=<interpreter for a new $(VENV)>] [VENV=<directory>]"
@@ -47,6 +48,9 @@ format: $(STAMP) ## let ruff sort imports and format
 
 bench: $(STAMP) $(if $(filter --no-baseline --url%,$(BENCH_ARGS)),,$(STAMP_BASELINE)) ## measure it beside FastAPI, or any server with BENCH_ARGS="--url URL"; a report in .bench
 	@exec $(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+prove: $(STAMP) ## the long set of proofs, hours of it (PROVE_ARGS="--sitting --minutes 60" for a part); a report in .proof
+	@exec $(BIN)/python -m tests.proof.prove $(PROVE_ARGS)
 
 seed: $(STAMP) ## empty the development database and fill it with sample data
 	@exec $(BIN)/holdfast seed
