@@ -47,6 +47,7 @@ BATCH_MAX: Final = 256  # sockets served before other tasks get their turn
 # answers leave one right after the other, and find most peers awake: half of what a `send` on loopback costs is waking
 # somebody. 1.4 times the no-ops a second, 1.5 times the sold-out answers (64 connections, two cores).
 GATHER_MAX: Final = 32
+LINES_MAX: Final = 20  # of the log, for failed requests, in a second
 ACCEPT_MAX: Final = 64  # connections accepted before those that are there get theirs
 SILENCE_S: Final = 75.0  # without a request; longer than any answer takes, shorter than NATs forget
 WRITE_S: Final = 10.0  # that a peer may leave an answer unread
@@ -651,13 +652,15 @@ class HotLane:
 class _Report:
     """What was answered since the last line of the log: one line a second for all, one more for each that failed.
 
-    A request that failed for no reason of its own is never lost in a sum: `INTERNAL_ERROR` and `OUTCOME_UNKNOWN` have
-    a line each. Of refusals with 503 nothing happened, and there may be as many of them as requests.
+    A request that failed for no reason of its own is not lost in a sum: `INTERNAL_ERROR` and `OUTCOME_UNKNOWN` have a
+    line each, up to `LINES_MAX` a second: writing one costs as much as serving two requests. Of refusals with 503
+    nothing happened, and there may be as many of them as requests.
     """
 
     def __init__(self) -> None:
         self.unavailable: str | None = None  # why the database could not be asked
         self._counts: dict[tuple[str, int, str], int] = {}
+        self._failed = 0
         self._spent_s = 0.0
         self._slowest_s = 0.0
 
@@ -668,6 +671,9 @@ class _Report:
         if spent_s > self._slowest_s:
             self._slowest_s = spent_s
         if answer.code in FAILURES:
+            self._failed += 1
+            if self._failed > LINES_MAX:
+                return
             log.error(
                 "request_failed",
                 method=exchange.route.method,
@@ -685,6 +691,8 @@ class _Report:
         """Say what there is to say, and begin anew."""
         if self.unavailable is not None:
             log.warning("database_unavailable", reason=self.unavailable)
+        if self._failed > LINES_MAX:
+            log.error("more_requests_failed", without_a_line=self._failed - LINES_MAX)
         if self._counts:
             requests = sum(self._counts.values())
             counts = sorted(self._counts.items())
@@ -697,4 +705,5 @@ class _Report:
             )
         self.unavailable = None
         self._counts = {}
+        self._failed = 0
         self._spent_s = self._slowest_s = 0.0

@@ -54,6 +54,7 @@ GROWING = (Reserve, Create)  # commands that a database without room for new row
 # sale that was promised and is lost, a reserve that does is one among thousands that will be sold out anyway.
 PART_SHARE = 8
 IN_FLIGHT_SHARE = 10
+CROWD = 512  # in flight: what a busy server does in some 50 ms; fewer make nobody wait
 
 
 class Ask(msgspec.Struct, gc=False):  # nothing that it refers to refers back to it
@@ -90,20 +91,40 @@ class Part:
 class Load:
     """How many commands were asked and not answered yet, over all drops; at most `in_flight_max`.
 
-    Reserves are taken up to `reserve_max` only.
+    Reserves are taken up to `reserve_max` only, which `engine.admission` lowers while they stand in line for too long.
     """
 
-    __slots__ = ("in_flight", "in_flight_max", "in_flight_peak", "reserve_max")
+    __slots__ = (
+        "answered",
+        "crowded",
+        "in_flight",
+        "in_flight_max",
+        "in_flight_peak",
+        "reserve_max",
+        "reserves_refused",
+    )
 
     def __init__(self, in_flight_max: int) -> None:
         self.in_flight = 0
         self.in_flight_max = in_flight_max
         self.in_flight_peak = 0
         self.reserve_max = in_flight_max - in_flight_max // IN_FLIGHT_SHARE
+        self.reserves_refused = 0  # for want of room
+        self.answered = 0
+        self.crowded = trio.lowlevel.ParkingLot()  # unparked when `CROWD` are in flight
+
+    def take(self) -> None:
+        """One more was asked."""
+        self.in_flight += 1
+        if self.in_flight > self.in_flight_peak:
+            self.in_flight_peak = self.in_flight
+        if self.in_flight == CROWD:
+            self.crowded.unpark_all()
 
     def answer(self, ask: Ask, outcome: Outcome) -> None:
         """Give the ask's place back, and tell its caller. A reply must not raise; one that does stops nobody."""
         self.in_flight -= 1
+        self.answered += 1
         try:
             ask.reply(outcome)
         except Exception as bug:

@@ -13,6 +13,7 @@ import structlog
 import trio
 
 from engine.actor import Ask, DropActor, Load
+from engine.admission import Admission
 from engine.board import Board
 from engine.clock import Clock
 from engine.committer import Committer, CommitterStatistics
@@ -129,6 +130,7 @@ class Registry:
                 return
             in_flight_max = load.reserve_max
         if load.in_flight >= in_flight_max:
+            load.reserves_refused += type(command) is Reserve
             reply(Fault(FaultCode.OVERLOADED))
             return
         try:
@@ -136,9 +138,7 @@ class Registry:
         except MailboxFull:
             reply(Fault(FaultCode.OVERLOADED))
             return
-        load.in_flight += 1
-        if load.in_flight > load.in_flight_peak:
-            load.in_flight_peak = load.in_flight
+        load.take()
 
     def create(self, command: Create, reply: Reply, receipt: Receipt | None = None) -> None:
         """Bring a drop into the world; like `ask`. Nobody sees it before its commit."""
@@ -415,6 +415,7 @@ async def running(
         async with trio.open_nursery() as acting:
             acting.start_soon(timer.run)
             acting.start_soon(turns.run)
+            acting.start_soon(Admission(load).run)
             registry.open(acting, records)
             del records  # this frame lives as long as the engine, and a million holds are 8 MB of list
             try:

@@ -6,12 +6,15 @@ with 503 at once, and the cold lane is the real one: `/healthz` works without a 
 
 import select
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from api import hotlane, http1, settings
 from api.answers import Answer
@@ -403,3 +406,18 @@ async def test_exception_of_a_handler_is_500_and_the_lane_lives_on(
         assert await peer.status() == 500
         assert b"INTERNAL_ERROR" in peer.body
         assert await peer.status() == 200
+
+
+def test_failures_have_a_line_each_up_to_a_bound_and_are_all_counted() -> None:
+    failed = Answer(503, b"", code="OUTCOME_UNKNOWN")
+    exchange: Any = SimpleNamespace(route=hotlane.HOT[0][2], request_id="one")
+    report = hotlane._Report()
+    for _ in range(2):
+        with capture_logs() as lines:
+            for _ in range(hotlane.LINES_MAX + 5):
+                report.add(exchange, failed, 0.001)
+            report.write()
+        events = Counter(line["event"] for line in lines)
+        assert events == {"request_failed": hotlane.LINES_MAX, "more_requests_failed": 1, "hot_requests": 1}
+        (more,) = (line for line in lines if line["event"] == "more_requests_failed")
+        assert more["without_a_line"] == 5

@@ -4,6 +4,7 @@ A commit takes 100 ms: its effect is in the tables after 50, its answer is back 
 """
 
 from collections.abc import MutableMapping
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -981,3 +982,23 @@ async def test_an_ask_is_decided_in_the_next_turn_of_the_scheduler(autojump_cloc
         await wait_all_tasks_blocked()
         await trio.sleep(0.0999)
         assert on.stored_counts() == (0, 1, 0)
+
+
+async def test_who_holds_a_unit_is_answered_before_those_who_want_one(autojump_clock: MockClock) -> None:
+    async with stage() as on:
+        await on.make_drop(500)
+        on.ask(reserve(ANN))
+        await trio.sleep(1)
+        answered: list[str] = []
+        for number in range(300):
+            user = UserId(f"user-{number}")
+            on.registry.ask(DROP, reserve(user, f"{user}-hold"), partial(_note, answered, user))
+        on.registry.ask(DROP, purchase(ANN, "bought"), partial(_note, answered, ANN))
+        await trio.sleep(1)
+        assert len(answered) == 301
+        assert answered[0] == ANN
+        assert answered[1:] == [f"user-{number}" for number in range(300)], "the others in their order"
+
+
+def _note(answered: list[str], user: str, outcome: Outcome) -> None:
+    answered.append(user)
