@@ -8,6 +8,7 @@ PYTHONS := python3 python3.13 python3.12 python3.11 python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PROVE_ARGS ?=
+SOAK_ARGS ?=
 
 BIN := $(VENV)/bin
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -22,7 +23,7 @@ STAMP_BASELINE := $(VENV_BASELINE)/.installed-$(shell { cat requirements-baselin
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help serve test check lint format bench prove seed migrate audit lock clean clean-data FORCE
+.PHONY: help serve test check lint format bench soak prove seed migrate audit lock clean clean-data FORCE
 
 help: ## this list
 	@echo "make <target>   [PYTHON=<interpreter for a new $(VENV)>] [VENV=<directory>]"
@@ -48,6 +49,9 @@ format: $(STAMP) ## let ruff sort imports and format
 
 bench: $(STAMP) $(if $(filter --no-baseline --url%,$(BENCH_ARGS)),,$(STAMP_BASELINE)) ## measure it beside FastAPI, or any server with BENCH_ARGS="--url URL"; a report in .bench
 	@exec $(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+soak: $(STAMP) ## overload it for ten minutes, then an hour of work, 80 min in all (SOAK_ARGS="--overload 1m --soak 5m"); a report in .soak
+	@exec $(BIN)/python -m tests.proof.soak $(SOAK_ARGS)
 
 prove: $(STAMP) ## the long set of proofs, hours of it (PROVE_ARGS="--sitting --minutes 60" for a part); a report in .proof
 	@exec $(BIN)/python -m tests.proof.prove $(PROVE_ARGS)
