@@ -6,7 +6,7 @@ from typing import Final
 
 import trio
 
-from engine.model import DropId, UserId
+from engine.model import DropId, ReservationStatus, UserId
 from tests.proof.history import Ending, Kind, Recording
 from tests.proof.simulation.book import tables_of
 from tests.proof.simulation.clients import Clients
@@ -86,9 +86,12 @@ class Storm:
     async def _calm(self, nursery: trio.Nursery) -> None:
         """Everything serves again, soon."""
         world = self.world
-        for machine in world.machines[1:]:
+        first, *rivals = world.machines
+        for machine in rivals:
             machine.want(False)
-        first = world.machines[0]
+        for machine in rivals:  # one that is only starting takes every drop before it ends
+            if machine.life is not None:
+                await machine.life.ended.wait()
         if Fault.RIVAL in self.scenario.faults and first.life is not None:
             first.life.stop.set()  # what a rival has taken comes back with a new start
             await first.life.ended.wait()
@@ -125,11 +128,12 @@ class Storm:
     def _look_for_overdue(self) -> None:
         world = self.world
         (life,) = world.lives()
-        for drop in life.registry.board.drops():
-            now = life.registry.clock.now()
-            for hold in drop.holds.values():
-                if hold.expires_at + OVERDUE_MS < now:
-                    world.object(f"I18: {hold.id} of drop {drop.terms.id} is due since {now - hold.expires_at} ms")
+        now = life.registry.clock.now()
+        # As the tables have it: the engine's own board lacks what it has let go.
+        for row in world.storage.tables.reservations.values():
+            hold = row.hold
+            if row.status is ReservationStatus.ACTIVE and hold.expires_at + OVERDUE_MS < now:
+                world.object(f"I18: {hold.id} of drop {hold.drop_id} is due since {now - hold.expires_at} ms")
 
     async def _end(self) -> None:
         """In good order; and whatever is still on its way to the tables gets there."""

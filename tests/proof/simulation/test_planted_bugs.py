@@ -140,6 +140,25 @@ def doubt_taken_for_success(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Committer, "_resolve", settle)
 
 
+def own_drop_taken_for_anothers(patch: pytest.MonkeyPatch) -> None:
+    """A drop that stopped is let go, though nobody else has raised its epoch."""
+
+    async def nobody_s(session: Session, drop_id: DropId, epoch: int) -> None:
+        return await session._call(Point.RECLAIM, lambda: None)
+
+    patch.setattr(Session, "reclaim", nobody_s)
+
+
+def own_raise_taken_for_anothers(patch: pytest.MonkeyPatch) -> None:
+    """Whoever resolved a doubt lets the drops go that it has just fenced."""
+    resolution = Session._resolution
+
+    def let_go(session: Session, change: Change) -> Resolution:
+        return Resolution(resolution(session, change).committed, None)
+
+    patch.setattr(Session, "_resolution", let_go)
+
+
 def clamp(patch: pytest.MonkeyPatch) -> None:
     """A returned unit that would go beyond what is on sale is silently left out."""
     apply = Rules.apply
@@ -230,6 +249,8 @@ BUGS: Final[list[Plant]] = [
     naive_look,
     doubt_taken_for_failure,
     doubt_taken_for_success,
+    own_drop_taken_for_anothers,
+    own_raise_taken_for_anothers,
     clamp,
     timer_on_the_wall_clock,
     clock_forgets_across_restarts,
