@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import nullcontext
 from typing import Any
+from urllib.parse import urlsplit
 
 import structlog
 import trio
@@ -17,7 +18,7 @@ from quart import Request as QuartRequest
 from quart import Response, Websocket, g, has_websocket_context, request, websocket
 from quart.typing import ResponseTypes
 from quart_trio import QuartTrio
-from quart_trio.asgi import TrioASGIHTTPConnection
+from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 from quart_trio.wrappers.request import TrioRequest
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, RequestTimeout
 
@@ -100,7 +101,7 @@ class AnsweredConnection(TrioASGIHTTPConnection):
     """
 
     def _create_request_from_scope(self, send: ASGISendCallable) -> TrioRequest:
-        self.scope["path"] = self.scope["path"] or "/"  # of `GET ?x=1`, which Quart does not expect
+        self.scope["path"] = _path_of(self.scope["path"])
         made = super()._create_request_from_scope(send)
         assert isinstance(made, TrioRequest)
         made.host = "localhost"  # no route depends on it, and Quart fails on one that IDNA cannot encode: `Host: a..b`
@@ -115,11 +116,31 @@ class AnsweredConnection(TrioASGIHTTPConnection):
                 await super()._send_response(send, response)
 
 
+class StrayWebsocket(TrioASGIWebsocketConnection):
+    """A WebSocket where there is none. What is odd about its address must not keep it from being told so."""
+
+    def _create_websocket_from_scope(self, send: ASGISendCallable) -> Websocket:
+        self.scope["path"] = _path_of(self.scope["path"])
+        made = super()._create_websocket_from_scope(send)
+        made.host = "localhost"  # as above
+        return made
+
+
+def _path_of(target: str) -> str:
+    """A path that Quart can read, where it would fail on what was sent: nothing (`GET ?x=1`), or `http://[`."""
+    try:
+        urlsplit(target)
+    except ValueError:
+        return f"/{target}"  # at which there is nothing
+    return target or "/"
+
+
 def create_app(settings: Settings, gate: Gate) -> QuartTrio:
     """The application; until `gate` has a service, everything that needs one is 503."""
     app = QuartTrio("holdfast", static_folder=None)
     app.request_class = DrainedRequest
     app.asgi_http_class = AnsweredConnection
+    app.asgi_websocket_class = StrayWebsocket
     app.config["MAX_CONTENT_LENGTH"] = settings.body_max_bytes
     app.config["BODY_TIMEOUT"] = BODY_S
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False

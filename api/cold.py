@@ -16,10 +16,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
+import structlog
 import trio
 from h2.settings import SettingCodes
 from hypercorn import protocol
 from hypercorn.config import Config
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol import h2
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.tcp_server import TCPServer
@@ -34,9 +36,14 @@ from api.http1 import HEAD_MAX, HEAD_S, Message
 from api.settings import Settings
 from api.sockets import Sockets
 
+log = structlog.get_logger()
+
 STREAMS: Final = frozenset(path.encode() for path in events.PATHS)
 SILENCE_S: Final = 75  # after which a connection is closed; longer than any answer takes, shorter than NATs forget
 END_OF_HEAD: Final = re.compile(rb"\n\r?\n")  # as Hypercorn has it, which reads a bare LF, too
+NOT_ASCII: Final = (
+    b"HTTP/1.1 400 \r\ncontent-length: 0\r\nconnection: close\r\n\r\n"  # as Hypercorn refuses what is no request
+)
 # Of a request's head, what the hot lane has seen to: how long its body is, and that the client has sent it.
 READ_BEFORE: Final = frozenset((b"content-length", b"transfer-encoding", b"expect", b"trailer"))
 
@@ -183,9 +190,12 @@ class ColdLane:
                 finally:
                     stream.answering -= 1
 
-            await TCPServer(app, self.config, self._context, state, stream).run()  # type: ignore[arg-type]
+            await Server(app, self.config, self._context, state, stream).run()  # type: ignore[arg-type]
         except trio.ClosedResourceError:
             pass  # it was cut within its TLS handshake, where Hypercorn does not reckon with that
+        except Exception as bug:  # whatever goes wrong on one connection ends there
+            log.error("connection_failed", reason=repr(bug), exc_info=bug)
+            await trio.aclose_forcefully(transport)
         finally:
             self._streams.discard(transport)
 
@@ -211,6 +221,29 @@ class ColdLane:
         """Close every connection under whoever is using it."""
         for stream in list(self._streams):
             stream.socket.close()
+
+
+class Server(TCPServer):
+    """Hypercorn's for one connection, which ends when its peer has gone.
+
+    Left alone it goes on to wait for the next request, and keeps the socket for as long as of a peer that is silent.
+    """
+
+    _is_peer_gone = False
+
+    async def _read_data(self) -> None:
+        try:
+            await super()._read_data()
+        except UnicodeError:  # a handshake for a WebSocket with a field that is not ASCII
+            await self.protocol_send(RawData(NOT_ASCII))
+            await self.protocol.handle(Closed())
+        self._is_peer_gone = True
+        await self.idle_task.stop()
+
+    async def protocol_send(self, event: Event) -> None:
+        await super().protocol_send(event)
+        if self._is_peer_gone:
+            await self.idle_task.stop()
 
 
 class OneRequest:

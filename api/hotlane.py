@@ -107,7 +107,7 @@ HOT: Final = tuple(
 class Exchange:
     """One hot request, until it is answered."""
 
-    __slots__ = ("connection", "due", "is_over", "origin", "request", "request_id", "route", "started_at")
+    __slots__ = ("connection", "due", "is_head", "is_over", "origin", "request", "request_id", "route", "started_at")
 
     def __init__(self, connection: "Connection", route: Route, request: Request) -> None:
         self.connection = connection
@@ -117,6 +117,7 @@ class Exchange:
         self.request_id = request.request_id
         self.started_at = self.due = 0.0
         self.is_over = False
+        self.is_head = False  # the answer has no body
 
     def done(self, answer: Answer) -> None:
         if not self.is_over:  # else it took too long, and that was the answer
@@ -516,6 +517,7 @@ class HotLane:
         exchange.started_at = self.now
         exchange.due = self.now + self._answer_s
         if message.is_too_large:
+            exchange.is_head = message.method == b"HEAD"
             exchange.failed(http1.body_too_large())
             return
         try:
@@ -540,7 +542,7 @@ class HotLane:
         if connection.is_closed:
             return
         head = self.head(answer, exchange.origin, exchange.request_id, is_last=connection.is_last)
-        connection.write(head + answer.body)
+        connection.write(head if exchange.is_head else head + answer.body)
         connection.done()
 
     @property

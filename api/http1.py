@@ -268,8 +268,8 @@ class Reader:
 
     def _upgrade(self, rest: bytes) -> None:
         """A request that asks for another protocol: let it, where we speak that; else it is a request like others."""
-        if self._is_final and not self.messages:
-            return
+        if self.failure is not None:
+            return  # a CONNECT: what is before it in this read is whole, and none of this
         message = self.messages[-1]
         wanted = message.headers.get(b"upgrade", b"").strip(b" \t").lower()
         has_body = b"transfer-encoding" in message.headers or int(message.headers.get(b"content-length", b"0")) > 0

@@ -12,7 +12,8 @@ import trio
 from trio_websocket import CloseReason, WebSocketConnection
 from wsproto import WSConnection
 from wsproto.connection import ConnectionState, ConnectionType
-from wsproto.events import BytesMessage, CloseConnection, TextMessage
+from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
+from wsproto.utilities import RemoteProtocolError
 
 from api import answers, http1, schemas
 from api.answers import JSON
@@ -44,9 +45,27 @@ def read(received: bytes) -> Opening:
     if not messages:
         raise failure or http1.malformed("its head is not complete")
     message = messages[0]
+    if message.is_upgrade:
+        _try_handshake(begun + end)
     path, _, query = message.target.decode("latin-1").partition("?")
     headers = {name.decode("latin-1"): value.decode("latin-1").strip(" \t") for name, value in message.fields}
     return Opening(path, query, headers, schemas.request_id(headers.get("x-request-id")))
+
+
+def _try_handshake(request: bytes) -> None:
+    """See whether wsproto can read it: it fails on a `Host` or a protocol's name that is not what it should be.
+
+    What it refuses by itself it answers by itself.
+
+    Raises:
+        ApiError: it cannot.
+    """
+    try:
+        WSConnection(ConnectionType.SERVER).receive_data(request)
+    except UnicodeError:
+        raise http1.malformed("a field of its handshake is not ASCII, or no name of a host") from None
+    except RemoteProtocolError:
+        pass
 
 
 def head(settings: Settings, status_code: int, headers: Iterable[tuple[str, str]], asked: Opening) -> bytes:
@@ -74,21 +93,33 @@ def refusal(settings: Settings, failure: ApiError, asked: Opening | None) -> byt
 
 
 class Connection(WebSocketConnection):
-    """The library's, with two changes.
+    """The library's, with four changes.
 
-    A message costs no more memory than its bytes, however many empty pieces it comes in. And a peer that breaks the
-    rules is told so before the connection ends.
+    A message costs no more memory than its bytes, however many empty pieces it comes in. A peer that breaks the rules
+    is told so before the connection ends. What it says once we have said good-bye is not heard: the library would fail
+    over a ping, or over a message that is too large. And whoever closes while a last frame is on its way waits for it.
     """
 
     async def _handle_message_event(self, event: BytesMessage | TextMessage) -> None:
-        if event.data or event.message_finished:
+        if self._wsproto.state is ConnectionState.OPEN and (event.data or event.message_finished):
             await super()._handle_message_event(event)
+
+    async def _handle_ping_event(self, event: Ping) -> None:
+        if self._wsproto.state is ConnectionState.OPEN:
+            await super()._handle_ping_event(event)
+
+    async def aclose(self, code: int = 1000, reason: str | None = None) -> None:
+        if self._close_reason is not None:
+            await self._close_handshake.wait()
+        await super().aclose(code, reason)
 
     async def _handle_close_connection_event(self, event: CloseConnection) -> None:
         # Open: it is not the peer who closes, but wsproto, which has read what breaks the rules.
         if self._wsproto.state is ConnectionState.OPEN:
             self._close_reason = CloseReason(event.code, event.reason)
             await self._send(CloseConnection(event.code, event.reason))
+        async with self._stream_lock:
+            pass  # our own last frame, which may be on its way: what follows closes the stream
         await super()._handle_close_connection_event(event)
 
 

@@ -525,3 +525,10 @@ def test_closed_reader_takes_no_more() -> None:
     reader.close()
     reader.feed(GET)
     assert len(reader.messages) == 1
+
+
+def test_connect_ends_the_reading_and_leaves_the_request_before_it_alone() -> None:
+    reader = read(HEAD + b"Content-Length: 2\r\n\r\n{}" + b"CONNECT a HTTP/1.1\r\nHost: h\r\n\r\n" + GET)
+    messages, code = told(reader)
+    assert [(message[0], message[5]) for message in messages] == [(b"POST", b"{}")]
+    assert code == "METHOD_NOT_ALLOWED"

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -165,10 +166,44 @@ def test_server_with_tls_stops_in_time_whatever_its_peers_do(database: str, tmp_
         silent.close()
 
 
-@pytest.mark.parametrize("path", ["/api/me", "/socket.io/"])
-def test_websocket_over_tls_is_refused(secure_server: Server, path: str) -> None:
+def test_connection_with_tls_ends_when_its_client_goes(secure_server: Server) -> None:
+    descriptors = Path(f"/proc/{secure_server.process.pid}/fd")
+    if not descriptors.exists():
+        pytest.skip("this system does not say how many descriptors a process has")
+    before = len(list(descriptors.iterdir()))
+    for _ in range(20):
+        with Wire(secure_server) as wire:
+            wire.send(HEALTHZ)
+            wire.answer()
+    end = time.monotonic() + PATIENCE_S
+    while len(list(descriptors.iterdir())) > before + 2:  # idle ones of other tests may end meanwhile, and begin
+        assert time.monotonic() < end, "the server keeps connections whose clients are gone"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/api/v1/live", "/socket.io/?EIO=4&transport=websocket"])
+def test_handshake_that_is_not_ascii_is_refused_and_ends_nothing_else(secure_server: Server, path: str) -> None:
+    asked = request("GET", path, b"", **WEBSOCKET, sec_websocket_extensions="<odd>").replace(b"<odd>", b"\xff")
     with Wire(secure_server) as wire:
-        wire.send(request("GET", path, b"", **WEBSOCKET))
+        wire.send(asked)
+        assert wire._until(b"\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    with Wire(secure_server) as wire:
+        wire.send(HEALTHZ)
+        assert wire.answer().status == 200
+    assert "Traceback" not in secure_server.log()
+
+
+def test_target_that_is_half_an_address_is_refused(secure_server: Server) -> None:
+    with Wire(secure_server) as wire:
+        wire.send(request("GET", "http://[::1/"))
+        assert wire.answer().outcome == (404, "NOT_FOUND")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "a..b"])
+@pytest.mark.parametrize("path", ["/api/me", "/socket.io/", "http://[::1/", "?x"])
+def test_websocket_over_tls_is_refused(secure_server: Server, path: str, host: str) -> None:
+    with Wire(secure_server) as wire:
+        wire.send(request("GET", path, b"", **{**WEBSOCKET, "host": host}))
         assert wire.answer().status in (400, 404)
         assert wire.is_closed()
 

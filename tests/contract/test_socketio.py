@@ -563,6 +563,21 @@ def test_websocket_that_breaks_the_rules_is_closed_with_a_reason(shop: Shop) -> 
         assert wire._exactly(4)[::2] == b"\x88\x03"  # 1002
 
 
+@pytest.mark.parametrize("more", [b"\x89\x80" + bytes(4), b"\x81\xfe\x42\x68" + bytes(4), b"\x83\x80" + bytes(4)])
+def test_what_follows_a_violation_takes_nothing_from_the_good_bye(shop: Shop, more: bytes) -> None:
+    with Wire(shop.server) as wire:
+        wire.send(request("GET", "/socket.io/?EIO=4&transport=websocket", **UPGRADE))
+        assert wire._until(b"\r\n\r\n").startswith(b"HTTP/1.1 101 ")
+        greeting = wire._exactly(2)
+        wire._exactly(greeting[1])
+        body = b"" if more[1] == 0x80 else b"4" * 17_000
+        wire.send(b"\x81\x82" + bytes(4) + b"zz" + more + body)
+        while (opcode := wire._exactly(1)) == b"\x8a":  # a pong, if the ping was heard first
+            wire._exactly(wire._exactly(1)[0])
+        assert opcode == b"\x88"
+    assert "viewer_failed" not in shop.server.log()
+
+
 GARBAGE = [
     "",
     "9",
