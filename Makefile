@@ -6,6 +6,8 @@ VENV ?= .venv
 PYTHON ?=
 PYTHONS := python3 python3.13 python3.12 python3.11 python
 PYTEST_ARGS ?=
+# Test files that run at once: most tests wait most of the time, for a deadline or for a server.
+PYTEST_JOBS ?= 2
 BENCH_ARGS ?=
 PROVE_ARGS ?=
 SOAK_ARGS ?=
@@ -33,7 +35,7 @@ serve: $(STAMP) ## start the server on http://127.0.0.1:4000 (PORT, HOST, .env);
 	@exec $(BIN)/holdfast serve
 
 test: $(STAMP) ## run every test (PYTEST_ARGS="-k name" for some)
-	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@exec $(BIN)/python -m pytest -n $(PYTEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: lint test ## what CI asks for: lint, format, types, layers, tests
 
