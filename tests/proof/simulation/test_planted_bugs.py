@@ -236,7 +236,9 @@ def mailbox_without_bound(patch: pytest.MonkeyPatch) -> None:
 
 
 # A run that does not end by itself is given up, with whatever hangs in it.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited:RuntimeWarning"
+)
 
 BUGS: Final[list[Plant]] = [
     no_epoch_in_guard,
