@@ -299,7 +299,9 @@ def test_half_closed_connection_without_a_whole_request_is_closed(shop: Shop, ha
         assert wire.is_closed()
 
 
-@pytest.mark.parametrize("last", [plus(HOT, b"Connection: close"), HOT.replace(b"HTTP/1.1", b"HTTP/1.0")])
+@pytest.mark.parametrize(
+    "last", [plus(HOT, b"Connection: close"), HOT.replace(b"HTTP/1.1", b"HTTP/1.0")], ids=["close", "HTTP/1.0"]
+)
 def test_nothing_is_read_after_the_last_request(shop: Shop, last: bytes) -> None:
     with Wire(shop.server) as wire:
         wire.send(HOT + last + HEALTHZ * 5)
