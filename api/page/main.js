@@ -372,13 +372,18 @@ function say(text) {
   byId("announcer").textContent = text;
 }
 
-tabs?.addEventListener("message", () => {
+tabs?.addEventListener("message", catchUpWithOtherTabs);
+
+// What another tab keeps may reach us after the message that speaks of it: then who we are was news to us.
+addEventListener("storage", catchUpWithOtherTabs);
+
+function catchUpWithOtherTabs() {
   const before = identity.id;
   identity.reload();
   drawPerson();
   if (identity.id !== before) startOver();
   else refreshMine();
-});
+}
 
 // Who we are ------------------------------------------------------------------------------------------------------------
 
