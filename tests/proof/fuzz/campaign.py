@@ -134,14 +134,14 @@ async def _run(arena: Arena, target: Target, seed: int, cases: int, only: str | 
     began = time.monotonic()
     known = [*target.always, *corpus(target.name)]
     if only is not None:
-        todo = [(name, case) for name, case in known if name == only]
-        todo = todo or [(only, target.script(chance(seed, only)))]
+        planned = [(name, case) for name, case in known if name == only]
+        planned = planned or [(only, target.script(chance(seed, only)))]
     else:
-        todo = known + [(str(number), target.script(chance(seed, str(number)))) for number in range(cases)]
+        planned = known + [(str(number), target.script(chance(seed, str(number)))) for number in range(cases)]
     probes = [Probe(lane) for lane in arena.lanes]
-    warm = int(len(todo) * WARM_UP)
+    warm = int(len(planned) * WARM_UP)
     async with watching(arena) as watch:
-        await _rounds(arena, target, probes, report, todo, warm, began + at_most_s)
+        await _rounds(arena, target, probes, report, planned, warm, began + at_most_s)
         report.wrongs += await watch.wrongs()
     for found in report.found[:SHORTENED_MAX]:
         await _make_short(arena, target, probes, found, seed)
@@ -158,23 +158,23 @@ async def _rounds(
     target: Target,
     probes: Sequence[Probe],
     report: Report,
-    todo: list[tuple[str, Script]],
+    planned: list[tuple[str, Script]],
     warm: int,
     end: float,
 ) -> None:
-    for begin in range(0, len(todo), HONEST_EVERY):
+    for begin in range(0, len(planned), HONEST_EVERY):
         if begin == 0 or begin >= warm > begin - HONEST_EVERY:
             arena.note()
-        await _round(arena, target, probes, report, todo[begin : begin + HONEST_EVERY])
+        await _round(arena, target, probes, report, planned[begin : begin + HONEST_EVERY])
         report.wrongs += await trio.to_thread.run_sync(arena.cannot_sell)
         if len(report.found) + len(report.wrongs) > WRONGS_MAX or time.monotonic() > end:
             break
 
 
 async def _round(
-    arena: Arena, target: Target, probes: Sequence[Probe], report: Report, todo: list[tuple[str, Script]]
+    arena: Arena, target: Target, probes: Sequence[Probe], report: Report, planned: list[tuple[str, Script]]
 ) -> None:
-    left = iter(todo)
+    left = iter(planned)
 
     async def work() -> None:
         for name, case in left:
