@@ -205,7 +205,7 @@ class Crowd:
             for key, _ in self.selector.select(0.02):
                 if key.fd == 0:
                     self.obey(os.read(0, 100))
-                else:
+                elif key.data.sock is key.fileobj:  # else it was told to leave a moment ago
                     self.read(key.data)
             self.look_after_the_odd_ones()
         sampler.is_over = True
