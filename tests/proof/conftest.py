@@ -170,10 +170,16 @@ def _end(server: Server) -> None:
 
 
 @pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    """Chance, with a seed that is printed: HOLDFAST_SEED=<seed> replays its choices."""
-    seed = int(os.environ.get("HOLDFAST_SEED") or random.SystemRandom().randrange(2**32))
-    print(f"HOLDFAST_SEED={seed} pytest {request.node.nodeid}")
+def seed(request: pytest.FixtureRequest) -> int:
+    """Printed: HOLDFAST_SEED=<seed> replays its choices."""
+    found = int(os.environ.get("HOLDFAST_SEED") or random.SystemRandom().getrandbits(32))
+    print(f"HOLDFAST_SEED={found} pytest {request.node.nodeid}")
+    return found
+
+
+@pytest.fixture
+def rng(seed: int) -> random.Random:
+    """Chance, of that seed."""
     return random.Random(seed)
 
 

@@ -5,8 +5,6 @@ into the run's report as the property `faults`.
 """
 
 import json
-import os
-import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
@@ -30,14 +28,6 @@ CUTS: Final = 210
 KILLS: Final = 21
 
 Verdict = Callable[[Tally], None]
-
-
-@pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    """Printed; HOLDFAST_SEED=<seed> replays its choices."""
-    found = int(os.environ.get("HOLDFAST_SEED") or random.SystemRandom().getrandbits(32))
-    print(f"HOLDFAST_SEED={found} pytest {request.node.nodeid}")
-    return found
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@
 catches is shown by setting it loose (`tests.proof.canaries`).
 """
 
-import os
 import random
 import signal
 from collections.abc import Iterator
@@ -27,14 +26,6 @@ from tests.proof.proxy import Fault, Proxy
 LAZY: Final = {"wal_writer_delay": "10s", "wal_writer_flush_after": "1GB"}
 
 LEARNT_MAX_S: Final = 5.0  # that an engine may take to learn what it has lost, with buyers at its door
-
-
-@pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    """Printed; HOLDFAST_SEED=<seed> replays its choices."""
-    found = int(os.environ.get("HOLDFAST_SEED") or random.SystemRandom().getrandbits(32))
-    print(f"HOLDFAST_SEED={found} pytest {request.node.nodeid}")
-    return found
 
 
 def judge(tally: Tally) -> None:
