@@ -120,8 +120,11 @@ def _is_text(data: bytes, *, is_whole: bool) -> bool:
     try:
         data.decode()
     except UnicodeDecodeError as fault:
-        # What is cut within a character may still become one.
-        return not is_whole and fault.reason == "unexpected end of data"
+        # What is cut within a character may still become one. A surrogate cannot, and yet is refused at its third
+        # byte: Python's incremental decoder waits for that one, and the RFC does not say how soon to refuse.
+        rest = data[fault.start :]
+        is_surrogate = len(rest) == 2 and rest[0] == 0xED and 0xA0 <= rest[1] <= 0xBF
+        return not is_whole and (is_surrogate or fault.reason == "unexpected end of data")
     return True
 
 

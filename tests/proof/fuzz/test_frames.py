@@ -26,6 +26,9 @@ def test_reading_of_frames_is_that_of_the_rfc() -> None:
     assert ends(frame(TEXT, b"x" * 100)) == set()
     assert ends(frame(TEXT, b"x" * 101)) == {1009}
     assert ends(frame(TEXT, b"\xc3")) == {1007}
+    assert ends(frame(TEXT, b"\xed\xa0", fin=False)) == set()
+    assert ends(frame(TEXT, b"\xed\xa0", fin=False) + frame(CONTINUATION, b"\x80", fin=False)) == {1007}
+    assert ends(frame(TEXT, b"\xed\xa0")) == ends(frame(TEXT, b"\xe0\x80", fin=False)) == {1007}
     assert ends(frame(TEXT, b"x", mask=None)) == {1002}
     assert ends(frame(PING, b"x" * 126)) == {1002}
     assert ends(frame(CLOSE, b"\x03\xe8")) == {1000}
