@@ -269,7 +269,7 @@ class Stream:
 
     async def begin(self) -> None:
         """Subscribe; what there is to be said comes at once."""
-        self._sink.drained = self.watch.go_on
+        self._sink.drained = self.watch.drained
         if self._drop_ids is not None:
             self.watch.subscribe(self._drop_ids, self._resume)
             return

@@ -160,7 +160,7 @@ class NativeViewer:
         self.send = stream.send
         self.keep = stream.keep
         self.watch: Watch = service.hub.watch(self)
-        stream.drained = self.watch.go_on
+        stream.drained = self.watch.drained
         stream.hindered = self.watch.hinder
         self._service = service
         self._socket = socket

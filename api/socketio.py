@@ -125,7 +125,7 @@ class Client:
 
     def has_room(self) -> None:
         if self._watch is not None:
-            self._watch.go_on()
+            self._watch.drained()
 
     def hindered(self) -> None:
         if self._watch is not None:

@@ -51,6 +51,8 @@ HISTORIES_WAITING_MAX: Final = 256  # and with those that wait for them; then a 
 BUNDLES_MAX: Final = 64  # drops that are told of together, in one send to those who watch all: some 16 KiB
 DIRECT_MAX: Final = 8_192  # bytes that are told with no look at the viewer, which keeps what the kernel does not take
 TOGETHER_MAX: Final = 65_536  # bytes of such a send: what is left of it when a viewer stalls is kept for it
+CATCH_UP_S: Final = 0.002  # spent on viewers that have room again before other tasks have their turn
+KEPT_MAX: Final = 64  # encodings that are kept within a pass for viewers that are behind: most missed the same
 GONE: Final = -1  # a mark: it has heard nothing of this drop
 
 
@@ -249,6 +251,10 @@ class Watch:
         if not self.is_closed:
             self._hub.catch_up(self)
 
+    def drained(self) -> None:
+        """The viewer has sent what was left: `go_on`, when its turn comes."""
+        self._hub.drained(self)
+
     def hinder(self) -> None:
         """Ask the viewer again before it is told more."""
         self.direct = None
@@ -363,6 +369,9 @@ class Hub:
         self._all: dict[Watch, None] = {}
         self._users: dict[UserId, set[Watch]] = {}
         self._parked: set[Watch] = set()
+        self._drained: dict[Watch, None] = {}  # that have room again, and were not told yet what they missed
+        self._drained_bell = trio.lowlevel.ParkingLot()
+        self._kept: dict[tuple[object, ...], bytes] = {}
         self._reading = trio.CapacityLimiter(HISTORIES_MAX)
         self._histories = 0
         self._nursery: trio.Nursery | None = None
@@ -391,6 +400,7 @@ class Hub:
 
     def replaced(self, drop_id: DropId) -> None:
         """The drop's state was loaded anew: whoever watches it needs to be shown it again."""
+        self._kept.clear()
         feed = self._feed(drop_id)
         drop = self.board.drop(drop_id)
         feed.reset(0 if drop is None else drop.seq, drop)
@@ -431,6 +441,7 @@ class Hub:
     def forget(self, watch: Watch) -> None:
         self._watches.discard(watch)
         self._parked.discard(watch)
+        self._drained.pop(watch, None)
         if watch.user_id is not None:
             self._forget_user(watch, watch.user_id)
 
@@ -507,6 +518,7 @@ class Hub:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._sweep)
+            nursery.start_soon(self._catch_up_in_slices)
             while True:
                 while not self._dirty:
                     await self._bell.park()
@@ -577,6 +589,7 @@ class Hub:
     def _begin(self, drop_id: DropId) -> "_Bundle":
         """What is told of a drop now; from here on, who is not marked has heard what came before, until it is told."""
         del self._dirty[drop_id]
+        self._kept.clear()
         feed = self._feed(drop_id)
         before, newest = feed.told, feed.newest
         events = feed.between(before, newest) if newest - before <= self._history_max else None
@@ -657,6 +670,29 @@ class Hub:
 
     # One viewer --------------------------------------------------------------------------------------
 
+    def drained(self, watch: Watch) -> None:
+        """It has read what it was sent. When hundreds have at once, others have their turns between them."""
+        if watch.is_closed:
+            return
+        if watch.parked_at is not None:
+            watch.parked_at = trio.current_time()  # what it waits for now is us
+        self._drained[watch] = None
+        self._drained_bell.unpark()
+
+    async def _catch_up_in_slices(self) -> None:
+        drained = self._drained
+        while True:
+            while not drained:
+                await self._drained_bell.park()
+            until = trio.current_time() + CATCH_UP_S
+            while drained:
+                watch = next(iter(drained))
+                del drained[watch]
+                watch.go_on()
+                if trio.current_time() > until:
+                    break
+            await trio.lowlevel.checkpoint()
+
     def catch_up(self, watch: Watch) -> None:
         """Tell a viewer what it has not heard of the drops that are marked for it, as far as it takes it."""
         if watch.parked_at is not None:
@@ -694,14 +730,31 @@ class Hub:
             news = self._news(drop_id, events)
             if news is None or len(news.events) > self._events_max:
                 return self._show(watch, drop, feed)
-            if not self._send(watch, watch.viewer.dialect.news(news, watch.user_id)):
+            up_to = events[-1].event.seq
+            if not self._send(watch, self._encoded_news(watch, news, heard, up_to)):
                 return False
-            heard = events[-1].event.seq
+            heard = up_to
         self._heard(watch, drop_id, feed, heard)
         return True
 
+    def _encoded_news(self, watch: Watch, news: News, after: int, up_to: int) -> bytes:
+        dialect = watch.viewer.dialect
+        if watch.user_id is not None:
+            return dialect.news(news, watch.user_id)
+        return self._encoded((dialect, news.drop.terms.id, after, up_to), lambda: dialect.news(news, None))
+
+    def _encoded(self, key: tuple[object, ...], encode: Callable[[], bytes]) -> bytes:
+        data = self._kept.get(key)
+        if data is None:
+            if len(self._kept) >= KEPT_MAX:
+                self._kept.clear()
+            data = self._kept[key] = encode()
+        return data
+
     def _show(self, watch: Watch, drop: Drop, feed: _Feed) -> bool:
-        if not self._send(watch, watch.viewer.dialect.snapshot(drop)):
+        dialect = watch.viewer.dialect
+        data = self._encoded((dialect, drop.terms.id, drop.seq), lambda: dialect.snapshot(drop))
+        if not self._send(watch, data):
             return False
         self._heard(watch, drop.terms.id, feed, drop.seq)  # maybe more than the others know
         return True

@@ -305,6 +305,77 @@ async def test_who_reads_nothing_for_long_is_sent_away_whatever_it_asks_for(auto
         assert (statistics.viewers, statistics.parked, statistics.sent_away) == (1, 0, 1)
 
 
+async def test_many_who_have_room_again_at_once_leave_others_their_turns(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "CATCH_UP_S", -1.0)  # the clock stands still: none may be told within a slice
+    async with watched(stall_s=20.0) as on:
+        on.make(A)
+        crowd = [on.viewer() for _ in range(50)]
+        for viewer in crowd:
+            viewer.subscribe([A])
+            viewer.room = 0
+        on.buy(A, ANN)
+        await trio.sleep(15)
+        encoded = len(on.dialect.encoded)
+        for viewer in crowd:
+            viewer.read(in_turn=True)
+        assert [len(viewer.heard) for viewer in crowd] == [1] * 50, "none is told before its turn"
+        told, turns = 0, 0
+        while told < 50:
+            before, turns = told, turns + 1
+            assert turns < 1_000
+            await trio.lowlevel.checkpoint()
+            told = sum(len(viewer.heard) > 1 for viewer in crowd)
+            assert told - before <= 2, "others have a turn between them, be it last in one round and first in the next"
+        assert {tuple(viewer.said()) for viewer in crowd} == {("snapshot 1: 10", "stock 2: 9", "Purchased 3")}
+        assert len(on.dialect.encoded) <= encoded + 1, "what all of them missed is encoded once"
+        assert on.hub.statistics().parked == 0
+
+
+async def test_what_is_a_viewers_own_is_not_what_others_missed(autojump_clock: MockClock) -> None:
+    async with watched() as on:
+        on.make(A)
+        ann, ben, cat = on.viewer(), on.viewer(), on.viewer()
+        ann.identify(ANN)
+        ben.identify(BEN)
+        for viewer in (ann, ben, cat):
+            viewer.subscribe([A])
+            viewer.room = 0
+        on.reserve(A, ANN)
+        on.now += HOLD_MS
+        on.commit(A, on.wish(CAT))
+        await trio.sleep(1)
+        for viewer in (cat, ann, ben):
+            viewer.read(in_turn=True)
+        await trio.sleep(1)
+        assert "Expired 3" in ann.said()
+        assert "Expired 3" not in (*ben.said(), *cat.said())
+
+
+async def test_who_waits_for_its_turn_is_not_sent_away_and_who_left_has_none(autojump_clock: MockClock) -> None:
+    async with watched(stall_s=20.0) as on:
+        on.make(A)
+        ann, ben = on.viewer(), on.viewer()
+        for viewer in (ann, ben):
+            viewer.subscribe([A])
+            viewer.room = 0
+        on.reserve(A, ANN)
+        await trio.sleep(19)
+        for viewer in (ann, ben):
+            viewer.read(0, in_turn=True)  # it reads slowly, but it reads
+            viewer.watch.drained()
+        ben.watch.close()
+        ben.watch.drained()
+        await trio.sleep(19)
+        assert not ann.is_away
+        ann.read(in_turn=True)
+        await trio.sleep(1)
+        assert ann.said()[-1] == "stock 2: 9"
+        assert ben.said() == ["snapshot 1: 10"]
+        assert not on.hub._drained
+
+
 async def test_what_is_remembered_of_a_viewer_is_bounded(autojump_clock: MockClock) -> None:
     async with watched(marks_max=5) as on:
         ann, ben = on.viewer(), on.viewer()

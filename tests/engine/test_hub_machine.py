@@ -200,7 +200,7 @@ class Play:
             case 11 | 12:
                 viewer.room = chance.choice([0, 0, 1, 3])
             case _:
-                viewer.read(chance.choice([None, None, 0, 1, 2]))
+                viewer.read(chance.choice([None, None, 0, 1, 2]), in_turn=chance.random() < 0.5)
 
     def position(self, on: Watched, drop_id: DropId) -> int:
         return self.chance.randint(0, len(on.tables[drop_id]) + 1)

@@ -177,11 +177,14 @@ class Listener:
 
     # For tests ---------------------------------------------------------------------------------------
 
-    def read(self, room: int | None = None) -> None:
-        """It has read everything, and takes `room` sends more; None: any number."""
+    def read(self, room: int | None = None, *, in_turn: bool = False) -> None:
+        """It has read everything, and takes `room` sends more; None: any number. It is told at once, or in its turn."""
         assert not self._rest, "the rest of what it took was forgotten"
         self.room = room
-        self.watch.go_on()
+        if in_turn:
+            self.watch.drained()
+        else:
+            self.watch.go_on()
 
     def said(self, drop_id: DropId | None = None) -> list[str]:
         return [str(message) for message in self.heard if drop_id in (None, message.drop_id)]

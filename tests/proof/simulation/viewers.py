@@ -190,7 +190,7 @@ class Viewer:
         if self._watch is not None and self._life is not None:
             rest, self._rest = self._rest, b""
             self._hear(self._life, rest)
-            self._watch.go_on()
+            self._watch.drained()
 
 
 DIALECT: Final = Dialect()
