@@ -392,15 +392,16 @@ def pending_poll(client: Polling) -> Iterator[list[httpx.Response]]:
 
 
 def test_session_moves_to_a_websocket_and_the_pending_poll_is_let_go(shop: Shop) -> None:
-    polling = Polling(shop.server)
-    polling.connect()
+    drop = shop.drop(total_stock=2)
+    polling = Polling(shop.server).connect()
+    polling.ask("drops:join", {"dropId": drop["id"]})  # a hold of another test's that ends is news, too
     with pending_poll(polling) as answers:
         socket = Socket(shop.server, sid=polling.greeting["sid"])
         socket.say("2probe")
         assert socket.next("3") == "3probe"
     assert answers[0].text == "6"
 
-    drop = shop.drop()  # told while it is on neither: it waits
+    shop.visitor().reserve(drop)  # told while it is on neither: it waits
     time.sleep(0.2)
     assert polling.poll().text.startswith("42")  # whoever polls all the same is answered, and does not wait
     assert polling.poll().text == "6"
