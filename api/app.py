@@ -179,7 +179,7 @@ def _view(gate: Gate, route: Route) -> Callable[..., Awaitable[Response]]:
         )
         handling = route.handler(service, asked)
         try:
-            answer = await (patiently(service, asked, handling) if route.is_hot else handling)
+            answer = await (patiently(service, asked, handling, route.late) if route.is_hot else handling)
         except Exception as failure:  # noqa: BLE001 - whatever it is, it belongs to the one who asked
             answer = failed(service, asked, failure)
         return _response(answer)

@@ -1,7 +1,7 @@
 """One function a route: parse, ask, render. No framework in here: every lane calls the same functions.
 
 A handler takes a `Request` whose body has been read in full and returns an `Answer`, or raises an `ApiError`, or
-`Unavailable` where the database is needed and out of reach. The three hot ones (`reserve`, `purchase`,
+`Unavailable` where the database is needed and out of reach. The hot ones (`show_drop`, `reserve`, `purchase`,
 `cancel_reservation`) await promises only (see `api.promises`), so that the hot lane runs them without a task; the
 others run in one, and `patiently` lets them, too, do what the hot ones do.
 """
@@ -125,14 +125,16 @@ class Gate:
 Handler = Callable[[Service, Request], Coroutine[Any, Any, Answer]]
 
 
-async def patiently(service: Service, request: Request, handling: Handling[Answer]) -> Answer:
-    """What a coroutine that awaits promises answers, or `OUTCOME_UNKNOWN` when that takes longer than anybody waits.
+async def patiently(
+    service: Service, request: Request, handling: Handling[Answer], late: FaultCode = FaultCode.UNKNOWN
+) -> Answer:
+    """What a coroutine that awaits promises answers, or `late` when that takes longer than anybody waits.
 
     Cancelling the wait, or its end, does not cancel what was asked.
     """
     with trio.move_on_after(service.registry.answer_s):
         return await in_trio(handling)
-    return failed(service, request, errors.fault(FaultCode.UNKNOWN))
+    return failed(service, request, errors.fault(late))
 
 
 def failed(service: Service | None, request: Request, failure: Exception) -> Answer:
@@ -186,13 +188,6 @@ async def list_drops(service: Service, request: Request) -> Answer:
 
 
 async def show_drop(service: Service, request: Request) -> Answer:
-    with trio.move_on_after(service.registry.answer_s):
-        return await in_trio(_shown(service, request))
-    # It is not in memory, and being loaded takes longer than anybody waits.
-    raise errors.fault(FaultCode.UNAVAILABLE)
-
-
-async def _shown(service: Service, request: Request) -> Answer:
     request.drop_id = _drop_id(request)
     state = await find_drop(service, request.drop_id)
     # At one instant, as promises allow: the state is its actor's own, and changes with the next commit.

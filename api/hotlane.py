@@ -590,7 +590,7 @@ class HotLane:
         for method, pattern, route in HOT:
             if method == message.method and (match := pattern.fullmatch(message.target)) is not None:
                 found = route, {"id": match[1].decode()}
-                if method == b"POST":  # the same few drops, over and over; a reservation is cancelled once
+                if method != b"DELETE":  # the same few drops, over and over; a reservation is cancelled once
                     if len(self._known) >= KNOWN_MAX:
                         self._known.clear()
                     self._known[method, message.target] = found
@@ -605,7 +605,7 @@ class HotLane:
         while True:
             while deadlines and (deadlines[0].is_over or deadlines[0].due <= trio.current_time()):
                 exchange = deadlines.popleft()
-                exchange.failed(errors.fault(FaultCode.UNKNOWN))
+                exchange.failed(errors.fault(exchange.route.late))
             due = deadlines[0].due if deadlines else trio.current_time() + self._answer_s
             await trio.sleep_until(due)
 

@@ -7,17 +7,22 @@ import msgspec
 
 from api import handlers
 from api.handlers import Handler
+from engine.model import FaultCode
 
 BASE_PATHS = ("/api/v1", "/api")
 
 
 class Route(msgspec.Struct, frozen=True):
-    """`path` names its ids in braces: `/drops/{id}`. A hot one has a lane of its own; its handler awaits no task."""
+    """`path` names its ids in braces: `/drops/{id}`. A hot one has a lane of its own; its handler awaits no task.
+
+    `late` is what a hot one is answered when it takes longer than anybody waits.
+    """
 
     method: str
     path: str
     handler: Handler
     is_hot: bool = False
+    late: FaultCode = FaultCode.UNKNOWN
 
 
 ROUTES = (
@@ -26,7 +31,7 @@ ROUTES = (
     Route("POST", "/demo/echo", handlers.echo),
     Route("GET", "/drops", handlers.list_drops),
     Route("POST", "/drops", handlers.create_drop),
-    Route("GET", "/drops/{id}", handlers.show_drop),
+    Route("GET", "/drops/{id}", handlers.show_drop, is_hot=True, late=FaultCode.UNAVAILABLE),
     Route("POST", "/drops/{id}/reserve", handlers.reserve, is_hot=True),
     Route("POST", "/drops/{id}/purchase", handlers.purchase, is_hot=True),
     Route("GET", "/reservations/me", handlers.my_reservations),

@@ -9,7 +9,7 @@ import trio
 from api import handlers
 from api.answers import Answer, iso
 from api.handlers import Request
-from engine.model import DropId, Fault, Instant, Refused, Swept, UserId
+from engine.model import DropId, Fault, FaultCode, Instant, Refused, Swept, UserId
 from tests.proof.history import Ending, Kind, Operation
 from tests.proof.simulation.engines import Life
 from tests.proof.simulation.scenario import Habit, Scenario
@@ -295,7 +295,8 @@ async def _answer(life: Life, operation: Operation, patience_s: float) -> Answer
             return await life.answer(request, handlers.cancel_reservation(service, request), patience_s)
         case _:
             assert operation.kind is Kind.SHOW, operation.kind
-            return await life.answer_in_trio(request, handlers.show_drop(service, request), patience_s)
+            showing = handlers.show_drop(service, request)
+            return await life.answer(request, showing, patience_s, FaultCode.UNAVAILABLE)
 
 
 def _new_drop(chance: Random, life: Life, total_stock: int, status: str | None, scenario: Scenario, name: str) -> bytes:

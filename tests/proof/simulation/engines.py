@@ -122,7 +122,9 @@ class Life:
 
     # Its clients -------------------------------------------------------------------------------------
 
-    async def answer(self, request: Request, handling: Handling[Answer], patience_s: float) -> Answer | None:
+    async def answer(
+        self, request: Request, handling: Handling[Answer], patience_s: float, late: FaultCode = FaultCode.UNKNOWN
+    ) -> Answer | None:
         """What the handler answers, as the front end would; None: it died, or patience was over, before that."""
         service = self.service
         assert service is not None
@@ -139,7 +141,7 @@ class Life:
         self._handlings[handling] = None
         drive(handling, done, lambda bug: None if self.mortal.is_dead else done(failed(service, request, bug)))
         if not await self._told(nap, patience_s) and patience_s >= self.answer_s and not self.mortal.is_dead:
-            told.append(failed(service, request, errors.fault(FaultCode.UNKNOWN)))
+            told.append(failed(service, request, errors.fault(late)))
         return told[0] if told else None
 
     def _call(self) -> Nap:
