@@ -5,6 +5,7 @@ its own and lets Trio wait for that alone. Where there is no epoll (macOS, BSD),
 task for each socket: slower, and correct.
 """
 
+import os
 import select
 import socket
 from collections import deque
@@ -21,7 +22,19 @@ Ready = list[tuple[int, int]]
 
 
 class Poller(Protocol):
-    """Told what to look for, by file descriptor; `wait` returns what is ready, level-triggered."""
+    """Told what to look for, by file descriptor; `wait` returns what is ready, level-triggered.
+
+    Where more is ready than is asked for, what has been ready for longest comes first.
+    """
+
+    @property
+    def stood_s(self) -> float:
+        """How long, in s, a socket is ready by now before it is reported; 0: until a moment ago all were."""
+        ...
+
+    def prefer(self, sock: socket.socket, interest: int, *, is_preferred: bool) -> None:
+        """Report this one before all others from now on, or as any other again."""
+        ...
 
     def add(self, sock: socket.socket, interest: int) -> None: ...
 
@@ -39,29 +52,78 @@ class Poller(Protocol):
 
 
 class EpollPoller:
+    """The sockets of one set are reported in the order in which they became ready, and go to its end.
+
+    Two things rest on that. Whoever is preferred is in a set of their own, which is looked at first. And when a report
+    is full, so that more may be ready, a mark joins the line: how long it takes to come up is how long the line is.
+    """
+
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._fd = self._epoll.fileno()
+        self._first = select.epoll()
+        self._preferred: set[int] = set()
+        self._mark = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._marked_at: float | None = None
+        self._stood_s = 0.0
+        self._ours = (self._first.fileno(), self._mark)
+        self._epoll.register(self._first.fileno(), READ)
+        self._epoll.register(self._mark, READ | select.EPOLLET)  # reported once for each time that it is written to
+
+    @property
+    def stood_s(self) -> float:
+        if self._marked_at is None:
+            return self._stood_s
+        return max(self._stood_s, trio.current_time() - self._marked_at)
+
+    def prefer(self, sock: socket.socket, interest: int, *, is_preferred: bool) -> None:
+        self.remove(sock)
+        if is_preferred:
+            self._preferred.add(sock.fileno())
+        self._set_of(sock).register(sock.fileno(), interest)
 
     def add(self, sock: socket.socket, interest: int) -> None:
         self._epoll.register(sock.fileno(), interest)
 
     def change(self, sock: socket.socket, interest: int) -> None:
-        self._epoll.modify(sock.fileno(), interest)
+        self._set_of(sock).modify(sock.fileno(), interest)
 
     def remove(self, sock: socket.socket) -> None:
-        self._epoll.unregister(sock.fileno())
+        self._set_of(sock).unregister(sock.fileno())
+        self._preferred.discard(sock.fileno())
 
     async def wait(self, most: int) -> Ready:
         await trio.lowlevel.wait_readable(self._fd)
-        return self._epoll.poll(0, most)
+        return self.more(most)
 
     def more(self, most: int) -> Ready:
-        return self._epoll.poll(0, most)
+        first = self._first.poll(0, most) if self._preferred else []
+        if len(first) == most:
+            return first
+        ready = self._epoll.poll(0, most - len(first))
+        is_full = len(first) + len(ready) == most
+        if self._preferred or self._marked_at is not None:
+            ready = [*first, *(one for one in ready if not self._is_ours(one[0]))]
+        if not is_full:
+            self._stood_s = 0.0
+        elif self._marked_at is None:
+            self._marked_at = trio.current_time()
+            os.eventfd_write(self._mark, 1)
+        return ready
 
     def close(self) -> None:
         trio.lowlevel.notify_closing(self._fd)
         self._epoll.close()
+        self._first.close()
+        os.close(self._mark)
+
+    def _set_of(self, sock: socket.socket) -> select.epoll:
+        return self._first if sock.fileno() in self._preferred else self._epoll
+
+    def _is_ours(self, fd: int) -> bool:
+        if fd == self._mark and self._marked_at is not None:
+            self._stood_s, self._marked_at = trio.current_time() - self._marked_at, None
+        return fd in self._ours
 
 
 class TaskPoller:
@@ -74,6 +136,13 @@ class TaskPoller:
         self._ready: deque[tuple[socket.socket, int]] = deque()
         self._reported: list[socket.socket] = []  # since the last `wait`: what became of them is known when it comes
         self._lot = trio.lowlevel.ParkingLot()
+
+    @property
+    def stood_s(self) -> float:
+        return 0.0  # not measured
+
+    def prefer(self, sock: socket.socket, interest: int, *, is_preferred: bool) -> None:
+        """Nobody is."""
 
     def add(self, sock: socket.socket, interest: int) -> None:
         self.change(sock, interest)

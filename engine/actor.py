@@ -102,6 +102,7 @@ class Load:
         "in_flight_peak",
         "reserve_max",
         "reserves_refused",
+        "stood_s",
     )
 
     def __init__(self, in_flight_max: int) -> None:
@@ -111,6 +112,7 @@ class Load:
         self.reserve_max = in_flight_max - in_flight_max // IN_FLIGHT_SHARE
         self.reserves_refused = 0  # for want of room
         self.answered = 0
+        self.stood_s = 0.0  # how long what is asked now stood in line before it came to us: told by who brings it
         self.crowded = trio.lowlevel.ParkingLot()  # unparked when `CROWD` are in flight
 
     def take(self) -> None:

@@ -31,7 +31,7 @@ RETRY_S = 0.2  # between two looks at a ledger that is out of reach, and two wri
 STORAGE_FULL_S = 1.0
 # Answers that leave before other tasks have their turn again; each costs a `send`, about 5 µs. As many as a front end
 # reads in a turn: with fewer, what is committed waits behind what is asked, and grows.
-ANSWERS_AT_ONCE = 256
+ANSWERS_AT_ONCE = 128
 
 
 class Outage(Protocol):

@@ -212,6 +212,10 @@ class Registry:
                     nursery.start_soon(sweep, drop_id)
         return expired
 
+    def stood(self, seconds: float) -> None:
+        """Told by who brings commands: how long those that come now stood in line before anybody read them."""
+        self._load.stood_s = seconds
+
     @property
     def is_faulty(self) -> bool:
         """Whether no command can be taken right now: the ledger is out of reach, or we are stopping."""

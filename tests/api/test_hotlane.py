@@ -6,6 +6,7 @@ with 503 at once, and the cold lane is the real one: `/healthz` works without a 
 
 import select
 import socket
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import pytest
 import trio
+from msgspec import structs
 from structlog.testing import capture_logs
 
 from api import hotlane, http1, settings
@@ -29,6 +31,7 @@ from tests.ports import free_port
 
 ID: Final = "0199c2f0-0000-7000-8000-000000000000"
 HOT: Final = f"POST /api/drops/{ID}/reserve HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+LOOK: Final = f"GET /api/drops/{ID} HTTP/1.1\r\nHost: h\r\n\r\n".encode()
 COLD: Final = b"GET /api/healthz HTTP/1.1\r\nHost: h\r\n\r\n"
 SHORT_S: Final = 0.15
 
@@ -54,11 +57,13 @@ class Lane:
         self.port = port
 
     async def connect(self, *, receive_buffer: int | None = None) -> "Peer":
-        sock = trio.socket.socket()
+        raw = socket.socket()
+        raw.setblocking(False)
+        sock = trio.socket.from_stdlib_socket(raw)
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         await sock.connect(("127.0.0.1", self.port))
-        return Peer(trio.SocketStream(sock))
+        return Peer(trio.SocketStream(sock), raw)
 
     @property
     def connections(self) -> int:
@@ -66,12 +71,17 @@ class Lane:
 
 
 class Peer:
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, raw: socket.socket) -> None:
         self.stream = stream
+        self._raw = raw
         self._read = b""
 
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)
+
+    def send_at_once(self, data: bytes) -> None:
+        """Without a turn for anybody else."""
+        assert self._raw.send(data) == len(data)
 
     async def send_what_it_takes(self, data: bytes) -> None:
         with suppress(trio.BrokenResourceError):
@@ -128,6 +138,10 @@ def running(has_epoll: bool) -> Running:
         assert not hot._connections
 
     return run
+
+
+def as_from(request_id: str) -> bytes:
+    return HOT[:-2] + f"X-Request-Id: {request_id}\r\n\r\n".encode()
 
 
 async def until(is_so: Callable[[], bool]) -> None:
@@ -296,12 +310,15 @@ class Slow:
 
     def __init__(self, lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[Promise[Answer]] = []
-        lane.gate.service = object()  # type: ignore[assignment]  # this handler does not look at it
+        self.requests: list[Request] = []
+        self.stood: list[float] = []
+        registry = SimpleNamespace(stood=self.stood.append)
+        lane.gate.service = SimpleNamespace(registry=registry)  # type: ignore[assignment]  # all that is looked at
         monkeypatch.setattr(
             hotlane,
             "HOT",
             tuple(
-                (method, pattern, type(route)(route.method, route.path, self._handle, is_hot=True))
+                (method, pattern, structs.replace(route, handler=self._handle))
                 for method, pattern, route in hotlane.HOT
             ),
         )
@@ -309,22 +326,105 @@ class Slow:
     async def _handle(self, service: Any, request: Request) -> Answer:
         promise: Promise[Answer] = Promise()
         self.asked.append(promise)
+        self.requests.append(request)
         return await promise
 
 
+class Busy(Slow):
+    """Answers at once, and takes its time for that."""
+
+    EACH_S: Final = 0.000_2
+
+    def __init__(self, lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(lane, monkeypatch)
+        self.connections: list[int] = []  # that there are, by request
+        self._lane = lane
+
+    async def _handle(self, service: Any, request: Request) -> Answer:
+        self.connections.append(self._lane.connections)
+        time.sleep(self.EACH_S)  # noqa: ASYNC251 - it is the lane's whole work
+        return Answer(200, b"")
+
+
+@pytest.mark.parametrize(("request_", "code"), [(HOT, b"OUTCOME_UNKNOWN"), (LOOK, b"DATABASE_UNAVAILABLE")])
 async def test_answer_that_takes_too_long_is_said_to_be_unknown_and_the_late_one_is_dropped(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    running: Running, monkeypatch: pytest.MonkeyPatch, request_: bytes, code: bytes
 ) -> None:
     async with running(ANSWER_TIMEOUT_MS="200", COMMIT_STALL_MS="100") as lane:
         slow, peer = Slow(lane, monkeypatch), await lane.connect()
-        await peer.send(HOT)
+        await peer.send(request_)
         assert await peer.status() == 503
-        assert b"OUTCOME_UNKNOWN" in peer.body
+        assert code in peer.body
         slow.asked[0].keep(Answer(200, b"late"))
         await peer.send(HOT)
         await until(lambda: len(slow.asked) == 2)
         slow.asked[1].keep(Answer(200, b"in time"))
         assert (await peer.status(), peer.body) == (200, b"in time")
+
+
+async def test_who_was_granted_a_unit_passes_a_line_that_stands_once(
+    running: Running, monkeypatch: pytest.MonkeyPatch, has_epoll: bool
+) -> None:
+    async with running() as lane:
+        slow, holder = Slow(lane, monkeypatch), await lane.connect()
+        crowd = [await lane.connect() for _ in range(2 * hotlane.BATCH_MAX)]
+        passed = []
+        for number in range(4):
+            monkeypatch.setattr(hotlane, "STOOD_S", -1.0 if number % 2 == 0 else 1.0)  # a line stands, or none does
+            slow.asked.clear()
+            slow.requests.clear()
+            await holder.send(HOT)
+            await until(lambda: len(slow.asked) == 1)
+            slow.asked[0].keep(Answer(201, b""))
+            assert await holder.status() == 201
+            for _ in range(2):
+                slow.asked.clear()
+                slow.requests.clear()
+                for peer in (*crowd, holder):  # the lane has no turn meanwhile
+                    peer.send_at_once(as_from("holder" if peer is holder else "crowd"))
+                await until(lambda: len(slow.asked) == len(crowd) + 1)
+                place = [request.request_id for request in slow.requests].index("holder")
+                passed.append(place < hotlane.BATCH_MAX)
+                for promise in slow.asked:
+                    promise.keep(Answer(409, b""))
+                for peer in (*crowd, holder):
+                    assert await peer.status() == 409
+        if has_epoll:  # elsewhere the order is nobody's
+            # With what it asks next, and not again before the next grant.
+            assert passed == [True, False, False, False] * 2
+
+
+async def test_line_before_the_door_is_measured_and_told(
+    running: Running, monkeypatch: pytest.MonkeyPatch, has_epoll: bool
+) -> None:
+    async with running() as lane:
+        busy = Busy(lane, monkeypatch)
+        crowd = [await lane.connect() for _ in range(3 * hotlane.BATCH_MAX)]
+        for peer in crowd:
+            peer.send_at_once(HOT)
+        for peer in crowd:
+            assert await peer.status() == 200
+        if has_epoll:
+            assert max(busy.stood) > hotlane.BATCH_MAX * Busy.EACH_S
+            assert busy.stood[-1] == 0.0, "it is said when the line has gone"
+        else:
+            assert busy.stood == []
+
+
+async def test_who_comes_while_a_line_stands_is_let_in_before_it(
+    running: Running, monkeypatch: pytest.MonkeyPatch, has_epoll: bool
+) -> None:
+    async with running() as lane:
+        busy = Busy(lane, monkeypatch)
+        crowd = [await lane.connect() for _ in range(3 * hotlane.BATCH_MAX)]
+        for peer in crowd:
+            peer.send_at_once(HOT)
+        with socket.create_connection(("127.0.0.1", lane.port)):  # as far as the kernel is concerned
+            for peer in crowd:
+                assert await peer.status() == 200
+            await until(lambda: lane.connections == len(crowd) + 1)
+            if has_epoll:
+                assert busy.connections[hotlane.BATCH_MAX] == len(crowd) + 1
 
 
 async def test_second_request_waits_for_the_first(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,3 +261,78 @@ async def test_at_most_so_many_are_reported_and_none_is_forgotten(poller: Poller
                 waiting.discard(fd)
     assert await is_quiet(poller)
     poller.close()
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="the order of tasks is the scheduler's")
+async def test_what_became_ready_first_is_reported_first(open_sockets: ExitStack) -> None:
+    poller = EpollPoller()
+    pairs = [new_pair(open_sockets) for _ in range(12)]
+    for ours, _ in pairs:
+        poller.add(ours, READ)
+    for _, theirs in reversed(pairs):
+        theirs.send(b"xy")
+    found: list[int] = []
+    while len(found) < 2 * len(pairs):  # each is read by half
+        for fd, _ in await poller.wait(4):
+            found.append(fd)
+            next(ours for ours, _ in pairs if ours.fileno() == fd).recv(1)
+    assert found == [ours.fileno() for ours, _ in reversed(pairs)] * 2
+    poller.close()
+
+
+async def test_preferred_socket_is_reported_before_others_or_as_any_other_again(
+    poller: Poller, open_sockets: ExitStack
+) -> None:
+    pairs = [new_pair(open_sockets) for _ in range(10)]
+    for ours, theirs in pairs:
+        poller.add(ours, READ)
+        theirs.send(b"x")
+    last, last_peer = pairs[-1]
+    poller.prefer(last, READ, is_preferred=True)
+    if isinstance(poller, EpollPoller):
+        assert await poller.wait(1) == [(last.fileno(), READ)]
+        assert (await poller.wait(4))[0] == (last.fileno(), READ)
+        assert [fd for fd, _ in await poller.wait(MOST)].count(last.fileno()) == 1
+    assert set(await ready(poller)) <= {ours.fileno() for ours, _ in pairs}
+    for ours, _ in pairs:
+        drain(ours)
+    await is_quiet(poller)  # without epoll: what was found before
+    assert await is_quiet(poller)
+
+    last_peer.send(b"y")  # alone, it wakes whoever waits
+    assert await ready(poller) == {last.fileno(): READ}
+    poller.change(last, 0)
+    assert await is_quiet(poller)
+    poller.change(last, READ)
+    poller.prefer(last, READ, is_preferred=False)
+    assert await ready(poller) == {last.fileno(): READ}
+    poller.prefer(last, READ, is_preferred=True)
+    poller.remove(last)
+    assert await is_quiet(poller)
+    poller.add(last, READ)  # another one, with its descriptor
+    assert await ready(poller) == {last.fileno(): READ}
+    poller.close()
+
+
+async def test_line_is_as_long_as_it_takes_to_come_up(poller: Poller, open_sockets: ExitStack) -> None:
+    pairs = [new_pair(open_sockets) for _ in range(16)]
+    for ours, theirs in pairs:
+        poller.add(ours, READ)
+        theirs.send(b"x")
+    began = trio.current_time()
+    assert poller.stood_s == 0.0
+    seen = []
+    for _ in range(12):  # nobody reads: each goes to the end of the line again
+        assert len([one for one in await poller.wait(4) if one[1] != READ]) == 0
+        await trio.sleep(0.02)
+        seen.append(poller.stood_s)
+    if isinstance(poller, EpollPoller):
+        assert seen[0] >= 0.02, "as long as it stands by now"
+        assert 0.06 <= seen[-1] < trio.current_time() - began, "four times four, each 20 ms"
+    else:
+        assert set(seen) == {0.0}
+    for ours, _ in pairs:
+        drain(ours)
+    poller.more(MOST)
+    assert poller.stood_s == 0.0
+    poller.close()
