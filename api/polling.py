@@ -102,14 +102,16 @@ class EpollPoller:
             return first
         ready = self._epoll.poll(0, most - len(first))
         is_full = len(first) + len(ready) == most
-        if self._preferred or self._marked_at is not None:
-            ready = [*first, *(one for one in ready if not self._is_ours(one[0]))]
+        ours = self._ours
+        others = [one for one in ready if one[0] not in ours]
+        if self._marked_at is not None and (self._mark, READ) in ready:
+            self._stood_s, self._marked_at = trio.current_time() - self._marked_at, None
         if not is_full:
             self._stood_s = 0.0
         elif self._marked_at is None:
             self._marked_at = trio.current_time()
             os.eventfd_write(self._mark, 1)
-        return ready
+        return first + others
 
     def close(self) -> None:
         trio.lowlevel.notify_closing(self._fd)
@@ -119,11 +121,6 @@ class EpollPoller:
 
     def _set_of(self, sock: socket.socket) -> select.epoll:
         return self._first if sock.fileno() in self._preferred else self._epoll
-
-    def _is_ours(self, fd: int) -> bool:
-        if fd == self._mark and self._marked_at is not None:
-            self._stood_s, self._marked_at = trio.current_time() - self._marked_at, None
-        return fd in self._ours
 
 
 class TaskPoller:
