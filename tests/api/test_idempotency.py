@@ -1,12 +1,14 @@
 """The book of keys by itself: the ledger and the engine behind it are played by the test."""
 
+import random
+
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from api import idempotency
 from api.errors import ApiError
-from api.idempotency import KeyBook, KeyId, Replayed
+from api.idempotency import HashFilter, KeyBook, KeyId, Replayed
 from api.promises import Errands, Promise, in_trio
 from engine.ledger import Unavailable
 from engine.model import (
@@ -504,3 +506,24 @@ def test_fingerprint_depends_on_every_part_and_on_where_it_ends() -> None:
     assert len(set(prints)) == 7
     assert idempotency.fingerprint(b"ab") == idempotency.fingerprint(b"ab")
     assert {len(made) for made in prints} == {32}
+
+
+def test_hashes_that_were_seen_are_known_for_certain_and_others_hardly_ever() -> None:
+    chance = random.Random(7)
+    hashes = [chance.getrandbits(64) - 2**63 for _ in range(40_000)]
+    hashes += [0, -1, 2**63 - 1, -(2**63)]
+    seen = HashFilter()
+    before = sum(one in seen for one in hashes)
+    for one in hashes:
+        seen.add(one)
+    assert before == 0
+    assert all(one in seen for one in hashes)
+    assert sum(chance.getrandbits(64) - 2**63 in seen for _ in range(100_000)) < 20
+
+
+def test_what_is_remembered_of_keys_takes_the_same_room_however_many() -> None:
+    seen = HashFilter()
+    room = len(seen._bits)
+    for number in range(1_000):
+        seen.add(hash(("user", "reserve", str(number))))
+    assert len(seen._bits) == room == 2**24

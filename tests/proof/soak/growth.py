@@ -49,7 +49,6 @@ def measured(postgres: EmbeddedServer, directory: Path, users: Users, say: Say) 
             target.ask("POST", f"/drops/{sold_out}/{step}", users.ids(FIRST_PERSON, 1)[0])
         found = [
             grown.by("a user who has asked for anything", _by_all(sold_out), "409 OUT_OF_STOCK"),
-            grown.by("an idempotency key", _by_all(sold_out, keys="growth"), "409 OUT_OF_STOCK"),
         ]
         # The first sales fill what is bounded: the hub's ring of newest events, the buffers of a busy server.
         grown.by("", _by_all(target.new_drop(STOCK), is_bought=True), "201")
@@ -60,8 +59,8 @@ def measured(postgres: EmbeddedServer, directory: Path, users: Users, say: Say) 
     return found
 
 
-def _by_all(drop: str, *, keys: str = "", is_bought: bool = False) -> Plan:
-    return Plan(first_user=FIRST_PERSON, users=PEOPLE, requests=PEOPLE, drops=(drop,), keys=keys, is_bought=is_bought)
+def _by_all(drop: str, *, is_bought: bool = False) -> Plan:
+    return Plan(first_user=FIRST_PERSON, users=PEOPLE, requests=PEOPLE, drops=(drop,), is_bought=is_bought)
 
 
 class _Growing:

@@ -69,7 +69,7 @@ def statistics(service: Service) -> Statistics:
         parked=told.parked,
         feeds=len(hub._feeds),
         ring=told.ring,
-        keys=len(service.keys._young) + len(service.keys._old),
+        keys=len(service.keys._running),
         users=len(service.users._names),
         blocks=sys.getallocatedblocks(),
     )
