@@ -13,6 +13,7 @@ not read. Nothing in here awaits but the poller, so nothing needs a lock.
 """
 
 import errno
+import os
 import re
 import select
 import socket
@@ -93,7 +94,7 @@ class Elsewhere(Protocol):
         ...
 
 
-HAS_EPOLL: Final = hasattr(select, "epoll")
+HAS_EPOLL: Final = hasattr(select, "epoll") and hasattr(os, "eventfd")
 NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 CREATED: Final = 201
 FAILURES: Final = ("INTERNAL_ERROR", FaultCode.UNKNOWN)
