@@ -15,6 +15,8 @@ from typing import Final, NamedTuple
 from tests.proof.simulation.seeds import Result, run_seed
 
 SEED_MAX_S: Final = 120.0  # the slowest takes some 2 s; on a machine with much else to do, several times that
+# That a process simulates: an engine that was killed leaves what its own process would take along, some 250 KB a seed.
+SEEDS_EACH: Final = 1_000
 START_S: Final = 60.0  # that a process may take to start
 READY: Final = None  # what it says then
 END_S: Final = 5.0  # that a process may take to end when there is nothing left to do
@@ -32,10 +34,18 @@ class Crew:
     in other processes.
     """
 
-    def __init__(self, jobs: int, *, simulate: Simulate = run_seed, seed_max_s: float = SEED_MAX_S) -> None:
+    def __init__(
+        self,
+        jobs: int,
+        *,
+        simulate: Simulate = run_seed,
+        seed_max_s: float = SEED_MAX_S,
+        seeds_each: int = SEEDS_EACH,
+    ) -> None:
         self._jobs = jobs
         self._simulate = simulate
         self._seed_max_s = seed_max_s
+        self._seeds_each = seeds_each
         self._idle: list[_Worker] = []
         self._busy: list[_Worker] = []
 
@@ -61,8 +71,10 @@ class Crew:
             for worker in _ready(self._busy):
                 done = worker.take()
                 self._busy.remove(worker)
-                if worker.is_well:
+                if worker.is_well and worker.seeds < self._seeds_each:
                     self._idle.append(worker)
+                elif worker.is_well:
+                    worker.dismiss()
                 yield done
 
 
@@ -76,6 +88,7 @@ class _Worker:
             self._process.start()
         theirs.close()
         self.is_well = True
+        self.seeds = 0  # that it was given
         # A seed's time begins when there is a process to run it: to start one may take longer than the seed.
         if not self.connection.poll(START_S) or self.connection.recv() is not READY:
             self.kill()
@@ -86,6 +99,7 @@ class _Worker:
 
     def give(self, seed: int, limit_s: float) -> None:
         self._seed, self._limit_s = seed, limit_s
+        self.seeds += 1
         self.until = time.monotonic() + limit_s
         with suppress(OSError):  # it has died; `take` says so
             self.connection.send(seed)

@@ -190,6 +190,17 @@ def test_a_process_that_dies_or_hangs_convicts_its_seed_and_the_others_go_on(tur
     assert turn.figures.simulated.seeds == 4
 
 
+def by_whom(seed: int) -> Result:
+    return Result(seed, digest=str(os.getpid()))
+
+
+def test_a_process_makes_way_for_another_after_so_many_seeds() -> None:
+    with Crew(1, simulate=by_whom, seeds_each=3) as crew:
+        pids = [done.result.digest for done in crew.results(iter(range(7)))]
+
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 1]
+
+
 def test_a_seed_that_gives_two_histories_is_a_violation(turn: Turn, crew: Crew) -> None:
     _, failing = simulate(turn, crew, range(FICKLE, FICKLE + 2))
 
