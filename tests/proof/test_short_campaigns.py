@@ -25,6 +25,7 @@ from tests.proof.proxy import Fault, Proxy
 # after an immediate stop is what a commit has put there itself.
 LAZY: Final = {"wal_writer_delay": "10s", "wal_writer_flush_after": "1GB"}
 
+SLOW_S: Final = (0.3, 0.45)  # past the stall, and within the time limit of a commit: `campaign.LIMITS`
 LEARNT_MAX_S: Final = 5.0  # that an engine may take to learn what it has lost, with buyers at its door
 
 
@@ -59,12 +60,16 @@ async def test_a_key_and_its_effect_come_and_go_together(
 
 
 async def test_commits_that_take_long_happen_once_or_are_said_not_to_be_known(
-    postgres: Postgres, tmp_path: Path, seed: int
+    postgres: Postgres, proxy: Proxy, tmp_path: Path, seed: int
 ) -> None:
-    """Longer than a stall, shorter or longer than the time limit."""
-    with world(postgres, tmp_path, seed) as found:
-        frozen = [Trouble(Sort.DATABASE, "freeze_backend", freeze_backend)] * 5
-        judge(await campaign(found, frozen, seed=seed))
+    """Longer than a stall, shorter or longer than the time limit; some have happened before the engine hears of it."""
+    with world(postgres, tmp_path, seed, proxy=proxy) as found:
+        slow = partial(cut, Fault.DELAYED, delay_s=SLOW_S)
+        troubles = [
+            *[Trouble(Sort.DATABASE, "freeze_backend", freeze_backend)] * 3,
+            *[Trouble(Sort.CUT, Fault.DELAYED.name, slow)] * 4,
+        ]
+        judge(await campaign(found, troubles, seed=seed))
 
 
 async def usurp_while_frozen(world: World) -> None:

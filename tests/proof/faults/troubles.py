@@ -22,6 +22,7 @@ from tests.proof.faults.tally import Sort
 from tests.proof.proxy import Fault, Proxy
 from tests.server import START_S, Server
 
+DELAY_S: Final = (0.02, 0.3)  # least and most
 STRUCK_S: Final = 10.0  # a crowd commits many times a second
 OVER_S: Final = 10.0
 FORCED_S: Final = 40.0  # two starts of an engine, on a machine that has other things to do
@@ -138,10 +139,10 @@ async def _freeze(world: World, pids: Sequence[int], seconds: float) -> None:
 # Its commits --------------------------------------------------------------------------------------------
 
 
-async def cut(fault: Fault, world: World) -> None:
-    """The next commit's connection breaks, as the proxy's `Fault` says."""
+async def cut(fault: Fault, world: World, delay_s: tuple[float, float] = DELAY_S) -> None:
+    """The next commit's connection breaks, as the proxy's `Fault` says; where that is late, so late."""
     assert world.proxy is not None, "a cut needs a proxy"
-    strike = world.proxy.strike(fault, delay_s=world.rng.uniform(0.02, 0.3), share=world.rng.random())
+    strike = world.proxy.strike(fault, delay_s=world.rng.uniform(*delay_s), share=world.rng.random())
     if not await trio.to_thread.run_sync(strike.struck.wait, STRUCK_S):
         raise NotServed(f"no commit came by for {fault.name} within {STRUCK_S} s")
     if not await trio.to_thread.run_sync(strike.over.wait, OVER_S):
