@@ -394,14 +394,20 @@ async def test_who_was_granted_a_unit_passes_a_line_that_stands_once(
             assert passed == [True, False, False, False] * 2
 
 
+async def line_of(lane: Lane) -> list[Peer]:
+    """Peers that have all asked before the lane had a turn: three slices of them."""
+    crowd = [await lane.connect() for _ in range(3 * hotlane.BATCH_MAX)]
+    for peer in crowd:
+        peer.send_at_once(HOT)
+    return crowd
+
+
 async def test_line_before_the_door_is_measured_and_told(
     running: Running, monkeypatch: pytest.MonkeyPatch, has_epoll: bool
 ) -> None:
     async with running() as lane:
         busy = Busy(lane, monkeypatch)
-        crowd = [await lane.connect() for _ in range(3 * hotlane.BATCH_MAX)]
-        for peer in crowd:
-            peer.send_at_once(HOT)
+        crowd = await line_of(lane)
         for peer in crowd:
             assert await peer.status() == 200
         if has_epoll:
@@ -416,9 +422,7 @@ async def test_who_comes_while_a_line_stands_is_let_in_before_it(
 ) -> None:
     async with running() as lane:
         busy = Busy(lane, monkeypatch)
-        crowd = [await lane.connect() for _ in range(3 * hotlane.BATCH_MAX)]
-        for peer in crowd:
-            peer.send_at_once(HOT)
+        crowd = await line_of(lane)
         with socket.create_connection(("127.0.0.1", lane.port)):  # as far as the kernel is concerned
             for peer in crowd:
                 assert await peer.status() == 200
