@@ -6,7 +6,9 @@ attempt at a case is a user of its own: what one of them changes, no other one s
 """
 
 import hashlib
+import operator
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -15,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -27,8 +30,9 @@ from persistence.embedded import forget_pg_variables, running
 from persistence.migrate import upgrade
 from tests.server import Server
 
-# What requests are made of. Before they are sent, the first two become those of the attempt.
+# What requests are made of. Before they are sent, the first three become those of the attempt: see `identified`.
 USER: Final = "fffffffe-f022-4000-8000-000000000000"
+OTHER_USER: Final = "fffffffe-f022-7000-8000-000000000000"
 HOLD: Final = "0199c2f0-0000-7000-8001-fffffffffffe"
 OPEN_DROP: Final = "0199c2f0-0000-7000-8000-0000000000a1"
 HELD_DROP: Final = "0199c2f0-0000-7000-8000-0000000000a2"  # of which every user has a hold
@@ -37,6 +41,8 @@ DRAFT_DROP: Final = "0199c2f0-0000-7000-8000-0000000000a4"
 TRUTH_DROP: Final = "0199c2f0-5a3c-7000-9c3b-d1f2e3a4b5c6"  # that only the honest touch; no little harm leads there
 NO_DROP: Final = "0199c2f0-0000-7000-8000-0000000000af"
 OWNER: Final = "fffffffd-f022-4000-8000-000000000000"
+SPELT: Final = re.compile(rb"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")  # every id that is read as one
+HARMED_MAX: Final = 8  # digits of an id; a user and a drop differ in 12 at least
 STOCK: Final = 9_000_000
 PAGE: Final = "https://shop.example"
 HOLD_S: Final = 86_400  # none ends meanwhile
@@ -171,8 +177,7 @@ class Arena:
             number, self._used = self._used, self._used + 1
         if number >= self._users:
             raise Exhausted
-        user, hold = _id_of("user", number), _id_of("hold", number)
-        return lambda sent: sent.replace(USER.encode(), user).replace(HOLD.encode(), hold)
+        return partial(identified, number)
 
     def note(self) -> None:
         for lane in self.lanes:
@@ -204,14 +209,34 @@ class Arena:
         return wrongs
 
 
+def identified(number: int, sent: bytes) -> bytes:
+    """A case's bytes as those of attempt `number`, as long as before.
+
+    `USER` and `HOLD` become the attempt's own, in upper case, too; and an id that harm has made of them becomes as
+    near to these, which no other attempt has. Two attempts that were one user would see each other: one lane may have
+    heard them in another order, or refused one of them.
+    """
+    return SPELT.sub(partial(_own, number), sent)
+
+
+def _own(number: int, found: re.Match[bytes]) -> bytes:
+    spelt = found[0].lower()
+    for name, kind in ((USER, "user"), (HOLD, "hold")):
+        if sum(map(operator.ne, spelt, name.encode())) <= HARMED_MAX:
+            harm = uuid.UUID(spelt.decode()).int ^ uuid.UUID(name).int
+            own = str(uuid.UUID(int=_id_of(kind, number).int ^ harm)).encode()
+            return own if found[0] == spelt else own.upper()
+    return found[0]
+
+
 def _is_wrong(line: str) -> bool:
     plain = line.replace("\\", "")
     return any(sign in plain for sign in SIGNS) and not any(known in plain for known in KNOWN)
 
 
-def _id_of(kind: str, number: int) -> bytes:
+def _id_of(kind: str, number: int) -> uuid.UUID:
     """As `_FILL` makes it: far from every other one, whatever little harm is done to it."""
-    return str(uuid.UUID(bytes=hashlib.md5(f"{kind} {number}".encode()).digest())).encode()
+    return uuid.UUID(bytes=hashlib.md5(f"{kind} {number}".encode()).digest())
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from tests.proof.fuzz.arena import (
     HOLD,
     NO_DROP,
     OPEN_DROP,
+    OTHER_USER,
     PAGE,
     USER,
     Arena,
@@ -175,7 +176,7 @@ LINES: Final = (
         for word in (
             b"",
             b"seven",
-            NO_DROP.encode(),
+            OTHER_USER.encode(),
             USER.upper().encode(),
             USER.encode() + b",",
             b"{" + USER.encode() + b"}",

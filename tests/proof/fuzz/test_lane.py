@@ -1,7 +1,12 @@
 """Harmed requests: both lanes make the same of them, and nobody else notices."""
 
+import hashlib
+import uuid
+
+import pytest
+
 from tests.proof.fuzz import campaign, lane
-from tests.proof.fuzz.arena import Arena
+from tests.proof.fuzz.arena import HOLD, OPEN_DROP, OTHER_USER, USER, Arena, identified
 from tests.proof.fuzz.conftest import AT_MOST_S, CASES
 
 
@@ -18,3 +23,16 @@ def test_case_of_a_seed_is_the_same_again() -> None:
     first, again = ([lane.script(campaign.chance(7, name)) for name in names] for _ in range(2))
     assert first == again
     assert first != [lane.script(campaign.chance(8, name)) for name in names]
+
+
+@pytest.mark.parametrize("spelt", [USER, USER.upper(), "F" + USER[1:], OTHER_USER, "e" + USER[1:], HOLD, HOLD.upper()])
+def test_id_of_an_attempt_is_nobody_elses_however_it_is_spelt(spelt: str) -> None:
+    one, other = (identified(number, spelt.encode()).decode() for number in (1, 2))
+    assert len({one.lower(), other.lower(), spelt.lower()}) == 3
+    assert one.islower() == other.islower() == spelt.islower()
+
+
+def test_user_of_an_attempt_has_the_hold_of_its_number_in_the_tables() -> None:
+    sent = f"X-User-Id: {USER}\r\n{HOLD}{OPEN_DROP}".encode()
+    user, hold = (hashlib.md5(f"{kind} 7".encode()).hexdigest() for kind in ("user", "hold"))
+    assert identified(7, sent) == f"X-User-Id: {uuid.UUID(user)}\r\n{uuid.UUID(hold)}{OPEN_DROP}".encode()
