@@ -669,13 +669,14 @@ async def _open(arena: Arena, probes: Sequence[Probe], case: Script, quiet_s: fl
         heard = await hear(
             arena.lanes[number], probes[number], filled._replace(ending=Ending.READ), quiet_s, until=BEGUN
         )
-        found = ANSWER.match(heard.received)
-        second = None if found is None else ANSWER.search(heard.received, found.end())
-        first = heard.received[: None if second is None else second.start()]
+        begins = list(ANSWER.finditer(heard.received))
+        finals = [begin for begin in begins if begin[1] != b"100"]  # which may be left out (RFC 9110, 10.1.1)
+        found = finals[0] if finals else None
+        first = b"" if found is None else heard.received[found.start() : finals[1].start() if finals[1:] else None]
         body = first.partition(b"\r\n\r\n")[2]
         code = re.search(rb'"code":"?([A-Z_0-9]+)', body)
         firsts[number] = "" if found is None else f"{found[1].decode()} {code[1].decode() if code else ''}".strip()
-        if heard.received and found is None:
+        if heard.received and (not begins or begins[0].start()):
             wrongs.append(f"{arena.lanes[number].name}: bytes that are no answer: {heard.received[:100]!r}")
         if firsts[number].startswith("5") and not firsts[number].startswith("501"):
             wrongs.append(f"{arena.lanes[number].name}: {heard.received[:400]!r}")
