@@ -77,7 +77,7 @@ lock: ## choose the newest dependencies that pyproject.toml allows, for the requ
 clean: ## remove the virtual environment and all caches, not the data
 	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
 	@rm -rf "$(VENV_BASELINE)"
-	@rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist tests/clients/node/node_modules
 	@find . -path ./.holdfast -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-data: ## delete .holdfast, the embedded database with all its data (only with FORCE=1)

@@ -20,7 +20,7 @@ from engine.ledger import Unavailable
 from engine.model import UserId
 from persistence.usernames import NAME_LENGTH_MAX, NAME_LENGTH_MIN
 
-# Names kept in memory, oldest forgotten first: 200 bytes each, so at most 200 MB. Who is forgotten is looked up again.
+# Names kept in memory, oldest forgotten first: 231 bytes each, so at most 231 MB. Who is forgotten is looked up again.
 KNOWN_USERS_MAX = 1_000_000
 INTRODUCE_MAX = 1_000  # users looked up or made by one statement
 WAITING_USERS_MAX = 20_000  # callers that wait to be looked up; beyond it 503

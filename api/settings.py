@@ -352,8 +352,8 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     ),
     _setting(
         "CONNECTIONS_MAX", "20000", "connections", _whole(1, 1_000_000),
-        "Connections of clients that are open at once; one more gets 503 and is closed. Each costs a descriptor and,"
-        " idle, about 2 KiB.",
+        "Connections of clients that are open at once; one more gets 503, with TLS nothing, and is closed. Each costs"
+        " a descriptor and, idle, about 2 KiB.",
     ),
     _setting(
         "TLS_CERTFILE", None, "path",

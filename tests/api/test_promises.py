@@ -1,6 +1,5 @@
 """Promises: handlers that cost no task, driven on the spot or waited for in Trio."""
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -200,9 +199,6 @@ async def test_failure_after_the_end_of_the_wait_disturbs_nobody(autojump_clock:
 
 
 # Errands ----------------------------------------------------------------------------------------------
-
-
-Errand = Callable[[], Awaitable[int]]
 
 
 async def test_errand_runs_in_a_task_and_keeps_its_promise(nursery: trio.Nursery) -> None:

@@ -668,7 +668,6 @@ EMPTY_LINE: Final = re.compile(
     rb"(?s)(\A|[^\r\n]\r\n|\r\n\r\n|[^\n])(\r?\n)+[!-~]"
 )  # RFC 9112, 2.2: it should be ignored
 LARGE_TRAILER: Final = re.compile(rb"0\r\n[!-~]+: .{16000}", re.DOTALL)  # read and forgotten
-OTHER_PROTOCOL: Final = re.compile(rb" (RTSP|ICE)/1\.0")  # llhttp takes it for HTTP/1.0, and closes after the answer
 PROXY_CONNECTION: Final = re.compile(rb"(?i)proxy-connection:[ \t]*close")  # llhttp takes it for Connection
 
 

@@ -19,7 +19,6 @@ from tests.contract.test_lanes import blanked
 from tests.proof.fuzz.arena import OWNER, PATIENCE_S, Lane
 
 ANSWER: Final = re.compile(rb"HTTP/1\.1 (\d{3}) [^\r\n]*\r\n")
-BODILESS: Final = (204, 304)
 PROBE: Final = b"GET /api/v1/reservations/me HTTP/1.1\r\nHost: 127.0.0.1\r\nX-User-Id: " + OWNER.encode() + b"\r\n\r\n"
 PROBES: Final = 3  # one after the other: the longest way of a request has a few turns of the scheduler
 QUIET_S: Final = 0.03  # without a byte, after which we ask whether there is more to come
