@@ -142,17 +142,17 @@ async def _engine(settings: Settings, storage: Storage) -> AsyncIterator[Service
     may_create = not settings.is_production or settings.auth_mode is AuthMode.JWT
     users = UserDirectory(lambda strangers: reads.introduce(strangers, create=may_create, at=clock.now()))
     keep_ms = settings.idempotency_keep_hours * MS_PER_HOUR
-    known_keys = await reads.keys_since(Instant(0))
     publisher = Publisher()
     async with running(storage.ledger, clock, publisher, settings.limits) as registry, trio.open_nursery() as nursery:
         hub = Hub(registry.board, lambda drop_id, seq, most: reads.history(drop_id, after_seq=seq, limit=most))
         publisher.subscribe(hub)
         nursery.start_soon(hub.run)
         errands = Errands(nursery)
-        # Every row that there is, and for as long as one can be: a key that the book has forgotten while its row still
-        # stands would be taken for a new one, and its row's key would reject the part that brings it.
+        # Every row that there is, and for as long as one can be: a key that the book does not know while its row stands
+        # would be taken for a new one, and its row's key would reject the part that brings it. What an engine before
+        # this one has written is all there by now: since we took its drops over, it writes no more.
         keys = KeyBook(lambda *key: errands.run(lambda: reads.find_receipt(*key)), keep_ms / 1000 + 2 * PRUNE_S)
-        keys.learn(known_keys)
+        await reads.tell_keys(keys.learn)
         nursery.start_soon(users.run)
         nursery.start_soon(_prune_keys, reads, clock, keep_ms)
         yield Service(

@@ -370,10 +370,8 @@ RECEIPT: Final = _compiled(
     )
 )
 
-KEYS_SINCE: Final = _compiled(
-    sa.select(_text(idempotency_keys.c.user_id), idempotency_keys.c.operation, idempotency_keys.c.key).where(
-        idempotency_keys.c.created_at >= _value("since", sa.TIMESTAMP(timezone=True))
-    )
+KEYS: Final = _compiled(
+    sa.select(_text(idempotency_keys.c.user_id), idempotency_keys.c.operation, idempotency_keys.c.key)
 )
 
 

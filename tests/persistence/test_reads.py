@@ -1,6 +1,6 @@
 """Cold reads, users and idempotency keys."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from random import Random
 
 import psycopg
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from engine.ledger import Unavailable
 from engine.model import Instant, ReservationId, ReservationStatus, UserId
+from persistence import reads as reads_module
 from persistence import statements
 from persistence.batch_sql import instant
 from persistence.embedded import EmbeddedServer
@@ -158,7 +159,9 @@ async def test_one_user_with_exactly_this_name(reads: Reads) -> None:
 # Idempotency keys ---------------------------------------------------------------------------------------
 
 
-async def test_receipts_are_found_listed_and_forgotten(reads: Reads, ledger: PostgresLedger) -> None:
+async def test_receipts_are_found_told_and_forgotten(
+    reads: Reads, ledger: PostgresLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scribe, ann = Scribe(), user()
     await ledger.commit([scribe.birth()])
     kept = [receipt(ann, f"key {n}") for n in range(7)]
@@ -166,10 +169,16 @@ async def test_receipts_are_found_listed_and_forgotten(reads: Reads, ledger: Pos
     await ledger.commit([scribe.change(*kept)])
     assert await reads.find_receipt(ann, "reserve", "key 3") == kept[3]
     assert await reads.find_receipt(ann, "purchase", "key 3") is None
-    assert set(await reads.keys_since(at(5))) == {(ann, "reserve", "key 5"), (ann, "reserve", "key 6")}
+    monkeypatch.setattr(reads_module, "_KEYS_AT_ONCE", 3)
+    told: list[Sequence[tuple[UserId, str, str]]] = []
+    await reads.tell_keys(told.append)
+    assert [len(some) for some in told] == [3, 3, 1]
+    assert {key for some in told for key in some} == {(ann, "reserve", f"key {n}") for n in range(7)}
     assert await reads.prune(at(5), at_once=2) == 5
     assert await reads.prune(at(5), at_once=2) == 0
-    assert len(await reads.keys_since(at(0))) == 2
+    told.clear()
+    await reads.tell_keys(told.append)
+    assert sorted(key for some in told for _, _, key in some) == ["key 5", "key 6"]
 
 
 # The database is away -----------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ actors, committer and timer, the hub, the key book, and the handlers in front of
 """
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
 from random import Random
 from typing import Any, Final, Protocol, cast
 
@@ -21,7 +20,7 @@ from api.promises import Errands, Handling, drive
 from engine.clock import Clock
 from engine.hub import Hub
 from engine.ledger import Unavailable
-from engine.model import DropId, Event, Fault, FaultCode, Instant, Outcome, Sweep, UserId
+from engine.model import DropId, Event, Fault, FaultCode, Outcome, Sweep, UserId
 from engine.publisher import Publisher
 from engine.registry import Registry, running
 from persistence.reads import Reads
@@ -82,7 +81,6 @@ class Life:
     async def _run(self) -> None:
         machine, session, chance = self.machine, self.session, self.machine.chance
         clock = Clock(not_before=await session.newest_instant(), wall=machine.wall)
-        known_keys = await session.keys_since(Instant(0))
         publisher = Publisher()
         async with (
             running(session, clock, publisher, machine.settings.limits) as registry,
@@ -94,7 +92,7 @@ class Life:
             nursery.start_soon(hub.run)
             errands = Errands(nursery)
             keys = KeyBook(lambda *key: errands.run(lambda: session.find_receipt(*key)), KEEP_S)
-            keys.learn(known_keys)
+            await session.tell_keys(keys.learn)
             users = UserDirectory(_nobody)
             for user_id, username in machine.users.items():
                 users.learn(user_id, username)
@@ -253,8 +251,10 @@ class Machine:
             if self.doom is not None:
                 life.mortal.doom(*self.doom)
                 self.doom = None
-            with suppress(Unavailable):
+            try:
                 await life.run()
+            except* Unavailable:
+                pass
             life.mortal.spare()
             await sleep(self.chance.choice(RESTARTS_S))
 

@@ -220,8 +220,8 @@ class Session(MemoryLedger):
         found = await self._read(lambda: self.tables.receipts.get((user_id, operation, key)))
         return None if found is None else found[1]
 
-    async def keys_since(self, since: Instant) -> list[tuple[UserId, str, str]]:
-        return await self._call(Point.LOAD, lambda: list(self.tables.receipts))
+    async def tell_keys(self, learn: Callable[[Sequence[tuple[UserId, str, str]]], None]) -> None:
+        learn(await self._call(Point.LOAD, lambda: list(self.tables.receipts)))
 
     async def has_drop(self, drop_id: DropId) -> bool:
         return await self._read(lambda: drop_id in self.tables.drops)
