@@ -78,9 +78,9 @@ class UserDirectory:
             # Many requests of one stranger at once are one introduction; the first one's name counts.
             wanted = {user_id: wanted_name for user_id, wanted_name, _ in reversed(strangers)}
             names = await self._introduce(list(wanted.items()))
-        except Unavailable as fault:
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it is theirs who asked, and not everybody's end
             for _, _, promise in strangers:
-                promise.fail(fault)
+                promise.fail(failure)
             return
         for user_id, username in names.items():
             self.learn(user_id, username)

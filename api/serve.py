@@ -176,6 +176,8 @@ async def _prune_keys(reads: Reads, clock: Clock, keep_ms: int) -> None:
             await reads.prune(Instant(clock.now() - keep_ms))
         except Unavailable as fault:
             log.warning("prune_failed", reason=str(fault))
+        except Exception:
+            log.exception("prune_failed")
         await trio.sleep(PRUNE_S)
 
 

@@ -211,7 +211,8 @@ class Reads:
         try:
             async with self._pool.acquire() as conn:
                 yield conn
-        except psycopg.OperationalError as error:
+        except (psycopg.OperationalError, psycopg.InternalError) as error:
+            # Internal to the server are, among others, that it has become read-only and that a page is damaged.
             raise Unavailable(str(error)) from error
 
 

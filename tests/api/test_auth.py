@@ -77,6 +77,24 @@ async def look_up(users: UserDirectory, user_id: UserId, name: str | None, into:
 # The directory ----------------------------------------------------------------------------------------
 
 
+async def test_question_that_fails_is_the_askers_failure_and_nobody_elses() -> None:
+    people = People()
+    failures: list[Exception] = [ValueError("as no database of ours ever failed")]
+
+    async def introduce(strangers: Sequence[tuple[UserId, str | None]]) -> Mapping[UserId, str]:
+        if failures:
+            raise failures.pop()
+        return await people.introduce(strangers)
+
+    users = UserDirectory(introduce)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(users.run)
+        with pytest.raises(ValueError, match="as no database"):
+            await name_of(users, ANN, None)
+        assert await name_of(users, ANN, "ann") == "ann"
+        nursery.cancel_scope.cancel()
+
+
 async def test_strangers_that_come_together_are_one_question() -> None:
     people, found = People(), list[str | None]()
     async with directory_of(people) as users, trio.open_nursery() as nursery:

@@ -194,6 +194,14 @@ async def test_a_database_out_of_reach_is_unavailable(reads: Reads, server: Embe
         await away.introduce([(user(), None)], create=True, at=at(0))
 
 
+async def test_a_database_that_takes_no_writes_is_unavailable(reads: Reads) -> None:
+    """As a standby that was promoted away, or one whose disk is nearly full: 25006, an internal error to psycopg."""
+    async with reads._session() as conn:
+        await conn.execute("SET default_transaction_read_only = on")
+    with pytest.raises(Unavailable, match="read-only"):
+        await reads.introduce([(user(), None)], create=True, at=at(0))
+
+
 async def test_a_connection_that_dies_while_it_is_used_is_unavailable(reads: Reads, pool: Pool) -> None:
     with pytest.raises(Unavailable):
         async with reads._session() as conn:
