@@ -17,6 +17,8 @@ READ: Final = 1  # of interest, and of what is ready; EPOLLIN and EPOLLOUT have 
 WRITE: Final = 4
 BROKEN: Final = 0x18  # EPOLLERR, EPOLLHUP: ready whatever the interest
 
+OTHERS_SHARE: Final = 4  # that part of a full report at least is for those who are not preferred
+
 Ready = list[tuple[int, int]]
 """File descriptors, each with what it is ready for."""
 
@@ -33,7 +35,7 @@ class Poller(Protocol):
         ...
 
     def prefer(self, sock: socket.socket, interest: int, *, is_preferred: bool) -> None:
-        """Report this one before all others from now on, or as any other again."""
+        """Report this one before others from now on, or as any other again; some of a report is always for others."""
         ...
 
     def add(self, sock: socket.socket, interest: int) -> None: ...
@@ -97,9 +99,10 @@ class EpollPoller:
         return self.more(most)
 
     def more(self, most: int) -> Ready:
-        first = self._first.poll(0, most) if self._preferred else []
+        # Those who are preferred may be so many, and again and again, that nobody else would have a turn.
+        first = self._first.poll(0, most - most // OTHERS_SHARE) if self._preferred else []
         if len(first) == most:
-            return first
+            return first  # of one
         ready = self._epoll.poll(0, most - len(first))
         is_full = len(first) + len(ready) == most
         ours = self._ours

@@ -314,6 +314,21 @@ async def test_preferred_socket_is_reported_before_others_or_as_any_other_again(
     poller.close()
 
 
+async def test_others_have_their_turn_however_many_are_preferred(poller: Poller, open_sockets: ExitStack) -> None:
+    pairs = [new_pair(open_sockets) for _ in range(20)]
+    for ours, theirs in pairs:
+        poller.add(ours, READ)
+        theirs.send(b"x")
+    others = {ours.fileno() for ours, _ in pairs[:4]}
+    for ours, _ in pairs[4:]:
+        poller.prefer(ours, READ, is_preferred=True)  # and nobody reads: they stay ready
+    met: set[int] = set()
+    for _ in range(20):
+        met |= {fd for fd, _ in await poller.wait(8)}
+    assert others <= met
+    poller.close()
+
+
 async def test_line_is_as_long_as_it_takes_to_come_up(poller: Poller, open_sockets: ExitStack) -> None:
     pairs = [new_pair(open_sockets) for _ in range(16)]
     for ours, theirs in pairs:
