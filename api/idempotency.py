@@ -29,6 +29,11 @@ from engine.model import (
     UserId,
 )
 
+# Of one key, waiting. Who gave up and asks again waits in its first place still, for as long as a commit is in doubt.
+RETRIES_MAX: Final = 16
+# After these the ledger may have the key: the drop stumbled over it, used where we did not see it, or nobody knows.
+# After others, one for want of room above all, a retry must not cost more than the first try.
+STUMBLED: Final = frozenset({FaultCode.RESTARTING, FaultCode.FENCED, FaultCode.UNKNOWN})
 BLOCK_BYTES: Final = 64
 BLOCKS: Final = 2**18
 
@@ -73,12 +78,14 @@ class KeyBook:
         waits no longer leaves the key taken until the engine has told what became of it.
 
         Raises:
-            ApiError: 422, the key was used with another request.
+            ApiError: 422, the key was used with another request; 503, too many retries wait already.
             Unavailable: the key may have been used, and the ledger is out of reach.
         """
         while (running := self._running.get(key)) is not None:
             if running.is_first:
                 running.match(fingerprint)
+            if len(running.waiting) > RETRIES_MAX:
+                raise errors.fault(FaultCode.UNKNOWN)
             await running.told()
             if running.answer is not None:
                 running.match(fingerprint)
@@ -103,8 +110,9 @@ class KeyBook:
             self._finish(key, running, Fault(FaultCode.UNAVAILABLE))
             raise
         if stored is not None:
+            # What was found is for those, too, who wait by now.
+            running.fingerprint, running.answer = stored.fingerprint, stored.answer
             self._finish(key, running, Fault(FaultCode.UNAVAILABLE))
-            running.fingerprint = stored.fingerprint
             running.match(fingerprint)
             return Replayed(stored.answer)
         running.is_first = True
@@ -127,8 +135,8 @@ class KeyBook:
         )
         if is_stored:
             running.answer = running.rendered
-        # After a fault too: the drop may have stumbled over this very key, used where we did not see it.
-        self.learn([key])
+        if is_stored or (isinstance(outcome, Fault) and outcome.code in STUMBLED):
+            self.learn([key])
         del self._running[key]
         waiting, running.waiting = running.waiting, []
         for promise in waiting:
@@ -174,7 +182,7 @@ class _Running:
     def __init__(self, fingerprint: bytes) -> None:
         self.fingerprint = fingerprint
         self.is_first = False
-        self.waiting: list[Promise[None]] = []  # as many as requests in flight
+        self.waiting: list[Promise[None]] = []  # the first, and its retries
         self.rendered: StoredAnswer | None = None
         self.answer: StoredAnswer | None = None
         self.outcome: Outcome = Fault(FaultCode.UNKNOWN)

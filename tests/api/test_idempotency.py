@@ -260,6 +260,22 @@ async def test_many_retries_of_an_old_key_all_get_its_answer(desk: Desk) -> None
 
     assert results == [Replayed(render(DONE))] * 5
     assert desk.engine.asked == []
+    assert desk.ledger.looked == [KEY], "one look is for all"
+
+
+async def test_retries_beyond_a_bound_do_not_wait(desk: Desk) -> None:
+    results: list[Result | str] = []
+    async with trio.open_nursery() as nursery:
+        for _ in range(1 + idempotency.RETRIES_MAX):
+            nursery.start_soon(desk.call, results)
+        await wait_all_tasks_blocked()
+        for _ in range(2):
+            nursery.start_soon(desk.call, results)
+        await wait_all_tasks_blocked()
+        assert results == ["OUTCOME_UNKNOWN"] * 2
+        desk.engine.decide(DONE)
+
+    assert results.count(Replayed(render(DONE))) == idempotency.RETRIES_MAX
 
 
 # Faults -------------------------------------------------------------------------------------------------
@@ -278,6 +294,8 @@ async def test_fault_is_told_and_not_kept(desk: Desk, code: FaultCode) -> None:
         desk.engine.decide(DONE)
 
     assert results == [Fault(code), render(DONE)]
+    # A refusal for want of room must not make its retry dearer than it was.
+    assert desk.ledger.looked == ([KEY] if code in idempotency.STUMBLED else [])
 
 
 async def test_decision_whose_commit_failed_is_a_fault_and_not_an_answer(desk: Desk) -> None:
@@ -318,6 +336,7 @@ async def test_unknown_drop_is_told_and_not_kept(desk: Desk) -> None:
         desk.engine.decide(DONE)
 
     assert results == [not_found, render(DONE)]
+    assert desk.ledger.looked == []
 
 
 async def test_key_that_made_a_drop_stumble_is_looked_up_next_time(desk: Desk) -> None:
