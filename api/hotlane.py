@@ -196,11 +196,13 @@ class Connection:
             self.close()
             return
         if not data:
-            self._eof = True
-            if self.is_busy or self.out:
-                self._look_for()  # half a close: what was asked is answered
-            else:
+            # Half a close: what was asked is answered. A second one is a reset behind it: we do not look for more to
+            # read, and it would be reported again and again.
+            if self._eof or not (self.is_busy or self.out):
                 self.close()
+            else:
+                self._eof = True
+                self._look_for()
             return
         if self.is_lingering:
             return
