@@ -12,6 +12,7 @@ from typing import Final
 
 import structlog
 import trio
+from msgspec import structs
 from quart_trio import QuartTrio
 
 from api.cold import ColdLane
@@ -52,16 +53,19 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return listening
 
 
-def make_room(connections_max: int) -> None:
-    """Let this process open as many sockets as it may serve, as far as the system lets it."""
+def make_room(connections_max: int) -> int:
+    """Let this process open as many sockets as it may serve, as far as the system lets it; how many those are then."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections_max + DESCRIPTORS_KEPT
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
+        return connections_max
     soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft < wanted:
-        log.warning("few_descriptors", connections_max=connections_max, descriptors=soft)
+    if soft >= wanted:
+        return connections_max
+    room = max(1, soft - DESCRIPTORS_KEPT)
+    log.warning("few_descriptors", connections_max=connections_max, descriptors=soft, served=room)
+    return room
 
 
 class Front:
@@ -72,7 +76,7 @@ class Front:
         Raises:
             CertificateUnusable: the files of TLS can't be read, or don't belong together.
         """
-        make_room(settings.connections_max)
+        settings = structs.replace(settings, connections_max=make_room(settings.connections_max))
         self._sockets = Sockets(settings, gate)
         self._sockets.register(app)
         self._cold = ColdLane(app, settings, self._sockets)

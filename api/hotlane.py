@@ -59,6 +59,9 @@ LINGER_S: Final = 2.0  # that a connection stays half open after its last answer
 SWEEP_S: Final = 0.5  # between two looks at who is late
 SWEEP_SLICE: Final = 500  # connections looked at before other tasks get their turn: less than a millisecond
 REPORT_S: Final = 1.0  # between two lines of the log about what was answered
+# Connections beyond `connections_max` that are told so, each for up to `LINGER_S`; the next are closed without a word,
+# so that they leave the descriptors alone that `front` keeps for the database.
+REFUSED_MAX: Final = 100
 HEADS_MAX: Final = 1_000  # heads of answers remembered within a second; origins are the clients' choice
 KNOWN_MAX: Final = 10_000  # targets whose route is remembered
 
@@ -438,6 +441,7 @@ class HotLane:
             try:
                 for sock in listening:
                     sock.setblocking(False)
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # those that it accepts have it, too
                     self._listening[sock.fileno()] = sock
                 self._accept_again()
                 nursery.start_soon(self._sweep)
@@ -490,12 +494,15 @@ class HotLane:
                     self._stop_accepting()  # else we would be told of it again and again; the sweep goes on with it
                     return
                 continue  # it was gone before we came
+            too_many = len(self._connections) + self._cold.taken + 1 - self._settings.connections_max
+            if too_many > REFUSED_MAX:
+                sock.close()
+                continue
             sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(self, sock)
             self._connections[sock.fileno()] = connection
             self.poller.add(sock, READ)
-            if len(self._connections) + self._cold.taken > self._settings.connections_max:
+            if too_many > 0:
                 connection.refuse(errors.fault(FaultCode.OVERLOADED))
 
     def _accept_again(self) -> None:

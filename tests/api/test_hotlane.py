@@ -465,6 +465,43 @@ async def test_peer_that_goes_away_before_its_answer_is_forgotten(
         assert await other.status() == 200
 
 
+async def test_reset_behind_half_a_close_ends_the_connection_and_is_not_reported_for_ever(
+    running: Running, monkeypatch: pytest.MonkeyPatch, has_epoll: bool
+) -> None:
+    async with running(ANSWER_TIMEOUT_MS="60000") as lane:
+        slow, peer = Slow(lane, monkeypatch), await lane.connect()
+        await peer.send(HOT)
+        await peer.stream.send_eof()
+        await until(lambda: len(slow.asked) == 1)
+        await trio.sleep(0.05)  # the end of the peer's half has been read
+        peer.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        peer.stream.socket.close()
+        if not has_epoll:  # nobody hears of it before there is an answer to write
+            slow.asked[0].keep(Answer(200, b"nobody hears it"))
+        await until(lambda: lane.connections == 0)
+
+
+async def test_who_comes_when_too_many_were_told_already_that_they_are_is_closed_upon(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hotlane, "REFUSED_MAX", 2)
+    async with running(CONNECTIONS_MAX="1") as lane:
+        served, *told, one_more = [await lane.connect() for _ in range(4)]
+        assert [await peer.status() for peer in told] == [503, 503]
+        assert await one_more.is_closed()
+        await served.send(COLD)
+        assert await served.status() == 200
+
+
+async def test_small_answers_leave_at_once(running: Running) -> None:
+    async with running() as lane:
+        peer = await lane.connect()
+        await peer.send(COLD)
+        assert await peer.status() == 200
+        (connection,) = lane.hot._connections.values()
+        assert connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 async def test_half_closed_peer_gets_its_late_answer(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running() as lane:
         slow, peer = Slow(lane, monkeypatch), await lane.connect()
