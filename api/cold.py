@@ -19,10 +19,11 @@ from typing import Any, Final
 import structlog
 import trio
 from h2.settings import SettingCodes
+from h11 import Request
 from hypercorn import protocol
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
-from hypercorn.protocol import h2
+from hypercorn.protocol import h2, h11
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -44,8 +45,9 @@ END_OF_HEAD: Final = re.compile(rb"\n\r?\n")  # as Hypercorn has it, which reads
 NOT_ASCII: Final = (
     b"HTTP/1.1 400 \r\ncontent-length: 0\r\nconnection: close\r\n\r\n"  # as Hypercorn refuses what is no request
 )
-# Of a request's head, what the hot lane has seen to: how long its body is, and that the client has sent it.
-READ_BEFORE: Final = frozenset((b"content-length", b"transfer-encoding", b"expect", b"trailer"))
+# Of a head, what the hot lane has seen to: how long the body is, that the client has sent it, and that the request asks
+# for no other protocol. Hypercorn looks for that in places where llhttp, the lane's parser, does not.
+READ_BEFORE: Final = frozenset((b"content-length", b"transfer-encoding", b"expect", b"trailer", b"upgrade"))
 
 
 class Http2(h2.H2Protocol):
@@ -59,7 +61,17 @@ class Http2(h2.H2Protocol):
         del self.connection.local_settings[SettingCodes.ENABLE_CONNECT_PROTOCOL]
 
 
-protocol.H2Protocol = Http2  # type: ignore[assignment,attr-defined]  # no setting for that either
+class Http1(h11.H11Protocol):
+    """Hypercorn's, without the upgrade to h2c, which ends in an exception where its settings are no base64."""
+
+    async def _check_protocol(self, event: Request) -> None:
+        if event.method == b"PRI" and not any(name == b"upgrade" for name, _ in event.headers):
+            await super()._check_protocol(event)  # the preface of HTTP/2
+
+
+# There is no setting for that either.
+protocol.H11Protocol = Http1  # type: ignore[attr-defined]
+protocol.H2Protocol = Http2  # type: ignore[assignment,attr-defined]
 
 
 class ColdLane:
@@ -123,8 +135,12 @@ class ColdLane:
                 # it has something to say, and then ends by itself.
                 serving.cancel()
 
-            # Its annotation knows sockets with TLS only, its code whatever receives and sends.
-            await TCPServer(app, self.config, self._context, state, stream).run()  # type: ignore[arg-type]
+            try:
+                # Its annotation knows sockets with TLS only, its code whatever receives and sends.
+                await TCPServer(app, self.config, self._context, state, stream).run()  # type: ignore[arg-type]
+            except Exception as bug:  # whatever goes wrong in one request ends its connection
+                log.error("connection_failed", reason=repr(bug), exc_info=bug)
+                stream.is_cut = True
         connection.done(is_last=stream.is_cut)
 
     # Whole connections -------------------------------------------------------------------------------

@@ -272,8 +272,9 @@ class Reader:
             return  # a CONNECT: what is before it in this read is whole, and none of this
         message = self.messages[-1]
         wanted = message.headers.get(b"upgrade", b"").strip(b" \t").lower()
-        has_body = b"transfer-encoding" in message.headers or int(message.headers.get(b"content-length", b"0")) > 0
-        if (message.method == b"GET" and wanted == b"websocket") or (wanted == b"h2c" and not has_body):
+        # Not h2c: a proxy that lets WebSockets through would relay what follows unread, and with it who the caller says
+        # that they are. RFC 9113, 3.1, has given it up; HTTP/2 begins with its preface, which no proxy relays.
+        if message.method == b"GET" and wanted == b"websocket":
             message.rest = rest
             self._is_final = True
             return

@@ -253,25 +253,40 @@ def test_preface_that_is_cut_is_http_2_all_the_same(shop: Shop) -> None:
         assert wire.status(wire.ask("GET", "/api/healthz")) == 200
 
 
-def test_upgrade_to_h2c_answers_the_request_that_asked_for_it_and_goes_on(shop: Shop) -> None:
-    protocol = H2Connection(H2Configuration(client_side=True))
-    settings = protocol.initiate_upgrade_connection()
-    assert settings is not None
-    with socket.create_connection(("127.0.0.1", shop.server.port), timeout=PATIENCE_S) as sock:
-        upgrade = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": settings.decode()}
-        sock.sendall(request("POST", "/api/drops/7/reserve"))  # first something else
-        while b"\r\n\r\n{" not in sock.recv(65_536):
-            pass
-        sock.sendall(request("GET", "/api/healthz", b"", **upgrade))
-        switched = b""
-        while b"\r\n\r\n" not in switched:
-            switched += sock.recv(1)
-        assert switched.startswith(b"HTTP/1.1 101 ")
-        wire = H2Wire(sock, protocol)
-        wire.flush()
-        assert wire.status(1) == 200
-        assert b'"status":"up"' in wire.bodies[1]
-        assert wire.status(wire.ask("GET", "/api/nothing")) == 404
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n",
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: A\r\n",
+        b"Upgrade: h2c\r\nHTTP2-Settings: A\r\n",
+        b"Upgrade: h2c\r\n",
+        b"Upgrade: h2c\r\nConnection: close, upgrade\r\n",
+    ],
+)
+def test_upgrade_to_h2c_is_no_way_past_a_proxy(
+    shop: Shop, secure_server: Server, asked: bytes, *, has_tls: bool
+) -> None:
+    server = secure_server if has_tls else shop.server
+    for path in ("/api/healthz", "/api/v1/live", "/api/drops/7/reserve"):
+        with Wire(server) as wire:
+            wire.send(b"GET %s HTTP/1.1\r\nHost: h\r\n%s\r\n" % (path.encode(), asked))
+            assert wire.answer().status in (200, 405, 426)
+            if b"close" not in asked:
+                wire.send(HEALTHZ)
+                assert wire.answer().outcome == OK
+    assert "connection_failed" not in server.log()
+
+
+@pytest.mark.parametrize("odd", [b"\xa0upgrade", b"upgrade\x85", b"\x1cupgrade"])
+def test_word_that_hypercorn_alone_takes_for_upgrade_ends_no_server(shop: Shop, odd: bytes) -> None:
+    handshake = b"GET /api/healthz HTTP/1.1\r\nHost: h\r\nConnection: %s\r\nUpgrade: websocket\r\n\r\n" % odd
+    with Wire(shop.server) as wire, Wire(shop.server) as other:
+        wire.send(handshake)
+        assert wire.answer().status in (200, 400)
+        other.send(HEALTHZ)
+        assert other.answer().outcome == OK
+    assert "connection_failed" not in shop.server.log()
 
 
 def test_upgrade_to_h2c_with_a_body_is_answered_in_http_1(shop: Shop) -> None:

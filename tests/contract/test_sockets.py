@@ -1,11 +1,16 @@
 """What happens on a connection: requests one after the other, pipelined, cut short, slow, or no HTTP at all."""
 
+import socket
 import time
 from pathlib import Path
 
 import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import DataReceived, Event, ResponseReceived
+from h2.settings import SettingCodes
 
-from tests.contract.shop import Shop, Wire, new_id, request
+from tests.contract.shop import PATIENCE_S, Shop, Wire, new_id, request
 from tests.server import serving
 
 LARGE = b'{"email": "' + b"a" * 15_000 + b'@shop.example"}'
@@ -241,16 +246,27 @@ def test_body_that_does_not_come_is_given_up_with_a_clear_error(shop: Shop) -> N
 
 
 def test_http_2_client_that_takes_nothing_does_not_keep_the_server_from_stopping(database: str, tmp_path: Path) -> None:
-    # Settings: 100 streams, and a window of 0 bytes.
-    upgrade = {"connection": "upgrade, http2-settings", "upgrade": "h2c", "http2_settings": "AAMAAABkAAQAAAAA"}
+    protocol = H2Connection(H2Configuration(client_side=True))
+    protocol.local_settings[SettingCodes.INITIAL_WINDOW_SIZE] = 0
+    protocol.local_settings.acknowledge()
+    protocol.initiate_connection()
+    fields = [(":method", "GET"), (":path", "/api/healthz"), (":scheme", "http"), (":authority", "h")]
+    protocol.send_headers(1, fields, end_stream=True)
+    asked = protocol.data_to_send()
     with (
         serving(database, tmp_path / "log", SHUTDOWN_TIMEOUT_MS="300") as server,
-        Wire(server) as gone,
-        Wire(server) as there,
+        socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as gone,
+        socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as there,
     ):
-        for wire in (gone, there):
-            wire.send(request("GET", "/api/healthz", b"", **upgrade))
-            assert wire.answer().status == 101
+        for sock in (gone, there):
+            sock.sendall(asked)
+            events: list[Event] = []
+            told = H2Connection(H2Configuration(client_side=True))
+            told.initiate_connection()
+            told.send_headers(1, fields, end_stream=True)
+            while not any(isinstance(event, ResponseReceived) for event in events):
+                events += told.receive_data(sock.recv(65_536))
+            assert not any(isinstance(event, DataReceived) for event in events)
         gone.close()
         time.sleep(0.1)
         assert server.stop() == 0
