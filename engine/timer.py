@@ -23,21 +23,26 @@ class TimerStatistics(msgspec.Struct, frozen=True):
 class Alarm:
     """One drop's alarm: at most one pending instant, the earliest that it was set to."""
 
-    __slots__ = ("_ring", "_set_to", "_timer")
+    __slots__ = ("_queued", "_ring", "_set_to", "_timer")
 
     def __init__(self, timer: "Timer", ring: Callable[[], None]) -> None:
         self._timer = timer
         self._ring = ring
         self._set_to: Instant | None = None
+        self._queued: set[Instant] = set()  # in the heap, be it only as what was meant before an earlier one came
 
     def set(self, deadline: Instant | None) -> None:
         """Ring at `deadline` or, if already set to an earlier instant, then; None leaves it as it is."""
         if deadline is None or (self._set_to is not None and self._set_to <= deadline):
             return
         self._set_to = deadline
-        self._timer.push(deadline, self)
+        if deadline not in self._queued:  # a drop's end may be set again after each of its holds, for weeks
+            self._queued.add(deadline)
+            self._timer.push(deadline, self)
 
     def ring_if_set_to(self, deadline: Instant) -> bool:
+        """Ring, if `deadline`, which has left the heap, is still what it is set to."""
+        self._queued.discard(deadline)
         if self._set_to != deadline:
             return False  # it was set to an earlier instant since, and has rung then
         self._set_to = None

@@ -91,6 +91,21 @@ async def test_a_stale_entry_does_not_ring_twice_when_set_again_to_the_same_inst
         assert rung == [100, 200, 3_000]
 
 
+async def test_a_deadline_that_is_set_again_and_again_is_queued_once(autojump_clock: MockClock) -> None:
+    async with running_timer() as (timer, clock):
+        rung: list[int] = []
+        alarm = timer.alarm(lambda: rung.append(clock.now()))
+        for begin in range(0, 1_000, 10):  # as a drop that ends one day, with a hold now and then
+            alarm.set(Instant(5_000))
+            alarm.set(Instant(begin + 5))
+            await trio.sleep(0.01)
+            assert timer.statistics().waiting == 1
+        alarm.set(Instant(5_000))
+        await trio.sleep(5)
+        assert rung == [*range(5, 1_000, 10), 5_000]
+        assert timer.statistics().waiting == 0
+
+
 async def test_a_deadline_that_has_passed_rings_at_once(autojump_clock: MockClock) -> None:
     async with running_timer() as (timer, clock):
         await trio.sleep(1)
