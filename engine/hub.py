@@ -21,6 +21,7 @@ from itertools import islice
 from typing import Final, Protocol
 
 import msgspec
+import structlog
 import trio
 
 from engine.board import Board
@@ -37,6 +38,8 @@ from engine.model import (
     Reserved,
     UserId,
 )
+
+log = structlog.get_logger()
 
 PASS_S: Final = 0.05  # between two passes: 20 a second, as often as an eye can tell
 SLICE: Final = 256  # viewers told before other tasks have their turn: about 1.5 ms
@@ -772,6 +775,9 @@ class Hub:
             async with self._reading:
                 found = await self._history(drop_id, mark, self._history_max)
         except Unavailable:
+            found = ()
+        except Exception as bug:  # a viewer can be shown the drop instead, and everybody else goes on
+            log.error("history_failed", drop_id=drop_id, exc_info=bug)
             found = ()
         finally:
             self._histories -= 1

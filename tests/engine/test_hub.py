@@ -495,7 +495,7 @@ async def test_what_happens_while_the_tables_are_read_comes_behind(autojump_cloc
         assert ann.said()[-3:] == ["Purchased 5", "stock 6: 7", "Purchased 7"]
 
 
-@pytest.mark.parametrize("trouble", ["unreachable", "a gap", "nothing"])
+@pytest.mark.parametrize("trouble", ["unreachable", "a bug", "a gap", "nothing"])
 async def test_a_snapshot_where_the_tables_do_not_help(trouble: str, autojump_clock: MockClock) -> None:
     async with watched(ring_max=1) as on:
         on.make(A)
@@ -503,6 +503,7 @@ async def test_a_snapshot_where_the_tables_do_not_help(trouble: str, autojump_cl
         on.buy(A, BEN)
         await trio.sleep(1)
         on.is_reachable = trouble != "unreachable"
+        on.has_bug = trouble == "a bug"
         on.pruned = {"a gap": {(A, 3)}, "nothing": {(A, seq) for seq in range(9)}}.get(trouble, set())
         ann = on.viewer()
         ann.subscribe([A], a=1)

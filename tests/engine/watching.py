@@ -308,6 +308,7 @@ class Watched:
         self.history_s = 0.01
         self.histories: list[tuple[DropId, int]] = []
         self.is_reachable = True
+        self.has_bug = False
         self.pruned: set[tuple[DropId, int]] = set()
         self.hub = Hub(self.board, self._history, **limits)
         self._ids = 0
@@ -320,6 +321,8 @@ class Watched:
     async def _history(self, drop_id: DropId, after_seq: int, most: int) -> Sequence[Event]:
         self.histories.append((drop_id, after_seq))
         await trio.sleep(self.history_s)
+        if self.has_bug:
+            raise ValueError("what the tables hold is not understood")
         if not self.is_reachable:
             raise Unavailable
         events = self.tables[drop_id][after_seq : after_seq + most]
