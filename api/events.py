@@ -48,6 +48,7 @@ from api.settings import Settings
 from api.viewers import ViewerStream
 from engine.drop import Drop
 from engine.hub import News, Watch
+from engine.ledger import Unavailable
 from engine.model import DropId, UserId
 
 PATHS: Final = ("/api/v1/live/events", "/api/live/events")
@@ -274,7 +275,7 @@ class Stream:
             self.watch.subscribe(self._drop_ids, self._resume)
             return
         for drop_id in self._resume:  # one that has ended meanwhile may be in the tables alone
-            with suppress(ApiError):
+            with suppress(ApiError, Unavailable):
                 await in_trio(handlers.find_drop(self._service, drop_id))
         self.watch.subscribe_all(self._resume)
 

@@ -27,6 +27,7 @@ from api.settings import AuthMode, Settings
 from api.viewers import ViewerStream, frame
 from engine.drop import Drop
 from engine.hub import Direct, News, Watch
+from engine.ledger import Unavailable
 from engine.model import DropId, UserId
 
 PATHS: Final = ("/api/v1/live", "/api/live")
@@ -256,6 +257,9 @@ class NativeViewer:
             except ApiError as failure:
                 if is_asked:
                     self._complain(failure, dropId=drop_id)
+            except Unavailable:  # one that the board has not is no reason to be told of none
+                if is_asked:
+                    raise
         return known
 
     async def _identify(self, asked: Identify) -> None:

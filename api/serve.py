@@ -12,8 +12,9 @@ import gc
 import math
 import random
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -42,6 +43,8 @@ from persistence.reads import Reads
 from persistence.startup import CLOCK_SKEW_MAX_S, StartRefused
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 RETRY_S = 0.2  # between two looks at a database that is not there yet
 PATIENCE_S = 0.9  # that a read waits for a connection: then it is 503, within a second
@@ -138,12 +141,16 @@ async def _drain(settings: Settings, gate: Gate, front: Front, service: Service)
 @asynccontextmanager
 async def _engine(settings: Settings, storage: Storage) -> AsyncIterator[Service]:
     reads = storage.reads
-    clock = Clock(not_before=await storage.ledger.newest_instant())
+    clock = Clock(not_before=await _patiently(storage.ledger.newest_instant))
     may_create = not settings.is_production or settings.auth_mode is AuthMode.JWT
     users = UserDirectory(lambda strangers: reads.introduce(strangers, create=may_create, at=clock.now()))
     keep_ms = settings.idempotency_keep_hours * MS_PER_HOUR
     publisher = Publisher()
-    async with running(storage.ledger, clock, publisher, settings.limits) as registry, trio.open_nursery() as nursery:
+    async with AsyncExitStack() as engine:
+        registry = await _patiently(
+            lambda: engine.enter_async_context(running(storage.ledger, clock, publisher, settings.limits))
+        )
+        nursery = await engine.enter_async_context(trio.open_nursery())
         hub = Hub(registry.board, lambda drop_id, seq, most: reads.history(drop_id, after_seq=seq, limit=most))
         publisher.subscribe(hub)
         nursery.start_soon(hub.run)
@@ -152,7 +159,7 @@ async def _engine(settings: Settings, storage: Storage) -> AsyncIterator[Service
         # would be taken for a new one, and its row's key would reject the part that brings it. What an engine before
         # this one has written is all there by now: since we took its drops over, it writes no more.
         keys = KeyBook(lambda *key: errands.run(lambda: reads.find_receipt(*key)), keep_ms / 1000 + 2 * PRUNE_S)
-        await reads.tell_keys(keys.learn)
+        await _patiently(lambda: reads.tell_keys(keys.learn))
         nursery.start_soon(users.run)
         nursery.start_soon(_prune_keys, reads, clock, keep_ms)
         yield Service(
@@ -191,7 +198,8 @@ async def _storage(settings: Settings) -> AsyncIterator[Storage]:
         clock_skew_max_s=math.inf if settings.allow_clock_skew else CLOCK_SKEW_MAX_S,
         allow_unsafe_durability=settings.allow_unsafe_durability,
     )
-    async with _database(settings) as dsn, _patiently_opened(dsn, options) as ledger:
+    async with _database(settings) as dsn, AsyncExitStack() as opened:
+        ledger = await _patiently(lambda: opened.enter_async_context(open_ledger(dsn, options)))
         pool = Pool(dsn, size=settings.pool_size, acquire_timeout_s=PATIENCE_S, connect_timeout_s=PATIENCE_S)
         try:
             yield Storage(ledger, Reads(pool, random.Random()))
@@ -199,21 +207,17 @@ async def _storage(settings: Settings) -> AsyncIterator[Storage]:
             await pool.aclose()
 
 
-@asynccontextmanager
-async def _patiently_opened(dsn: str, options: LedgerOptions) -> AsyncIterator[PostgresLedger]:
-    """The ledger, however long its database is not there yet."""
-    async with AsyncExitStack() as opened:
-        reason = ""
-        while True:
-            try:
-                ledger = await opened.enter_async_context(open_ledger(dsn, options))
-                break
-            except Unavailable as fault:
-                if str(fault) != reason:
-                    reason = str(fault)
-                    log.warning("database_awaited", reason=reason)
-                await trio.sleep(RETRY_S)
-        yield ledger
+async def _patiently(attempt: Callable[[], Awaitable[T]]) -> T:
+    """What an attempt returns, however long the database is not there."""
+    reason = ""
+    while True:
+        try:
+            return await attempt()
+        except Unavailable as fault:
+            if str(fault) != reason:
+                reason = str(fault)
+                log.warning("database_awaited", reason=reason)
+            await trio.sleep(RETRY_S)
 
 
 @asynccontextmanager

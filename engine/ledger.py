@@ -104,7 +104,7 @@ class Ledger(Protocol):
 
         Takes each drop over again behind its row lock, which waits for the old transaction, whichever way it
         ends. A birth that did not commit is absent from the ledger and stays so. With an empty batch this only
-        shows that the ledger is in reach.
+        shows that the ledger is in reach, and would take a batch.
 
         Raises:
             Unavailable: out of reach; the doubt stays, ask again.

@@ -218,6 +218,8 @@ class PostgresLedger:
 
     async def _prepare(self, conn: TrioConnection) -> None:
         await check_settings(conn, allow_unsafe_durability=self._options.allow_unsafe_durability)
+        # As it was just seen to be, whatever the configuration says later: a session's own value outlives a reload.
+        await conn.execute("SELECT set_config('synchronous_commit', current_setting('synchronous_commit'), false)")
         timeout_ms = int(self._options.commit_timeout_s * _SERVER_SHARE * 1000)
         await _set(conn, {**_SESSION_SETTINGS, **_WRITER_SETTINGS, "statement_timeout": str(timeout_ms)})
         for name, text in batch_sql.STATEMENTS.items():
@@ -256,7 +258,10 @@ class PostgresLedger:
         """See `engine.ledger.Ledger.take_over`."""
         if drop_ids is not None and not drop_ids:
             return []
-        async with self._session() as conn, _bounded(self._options.take_over_timeout_s):
+        options = self._options
+        # For one that somebody asks for, others that are asked for wait; before the start there is nobody.
+        timeout_s = options.take_over_timeout_s if drop_ids is None else options.connect_timeout_s
+        async with self._session() as conn, _bounded(timeout_s):
             return await self._behind_locks(conn, lambda: loading.take_over(conn, drop_ids))
 
     async def reclaim(self, drop_id: DropId, epoch: int) -> DropRecord | None:
@@ -281,6 +286,8 @@ class PostgresLedger:
             # The truth is known, and the old session is of no use to anybody any more.
             with suppress(psycopg.Error), trio.move_on_after(_TIDY_S):
                 await self._end_suspects(conn, wait=False)
+        if not batch:
+            await self._ready_writer()  # else it may answer, and take no batch all the same
         return resolutions
 
     async def _behind_locks(self, conn: TrioConnection, work: Callable[[], Awaitable[T]]) -> T:
@@ -318,9 +325,10 @@ class PostgresLedger:
             )
             async with conn:
                 lock_timeout_ms = int(self._options.lock_timeout_s * 1000)
-                await _set(conn, {**_SESSION_SETTINGS, "lock_timeout": str(lock_timeout_ms)})
+                with trio.fail_after(self._options.connect_timeout_s):
+                    await _set(conn, {**_SESSION_SETTINGS, "lock_timeout": str(lock_timeout_ms)})
                 yield conn
-        except psycopg.Error as error:
+        except (psycopg.Error, trio.TooSlowError) as error:
             raise self._fault(error, was_sent=False) from error
 
     # --- reading ------------------------------------------------------------------------------------------
@@ -331,7 +339,7 @@ class PostgresLedger:
         Raises:
             Unavailable: out of reach; ask again.
         """
-        async with self._session() as conn:
+        async with self._session() as conn, _bounded(self._options.take_over_timeout_s):
             row = await (await conn.execute(statements.NEWEST_INSTANT)).fetchone()
             return None if row is None or row[0] is None else Instant(row[0])
 

@@ -4,6 +4,7 @@ Over a pool, beside the engine; nothing here decides anything about stock. Every
 is `engine.ledger.Unavailable`; each method may be called again after it.
 """
 
+import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from random import Random
@@ -11,6 +12,7 @@ from typing import Any, Final
 
 import msgspec
 import psycopg
+import trio
 
 from engine.ledger import Unavailable
 from engine.model import (
@@ -40,6 +42,9 @@ from persistence.usernames import default_username, with_suffix
 
 # Each try adds 25 bits of randomness; a tenth one is needed only where something else is wrong.
 _NAME_TRIES: Final = 10
+# What is asked here takes milliseconds. A connection may go silent behind a proxy that acknowledges all the same, and
+# whoever asked has been answered by then.
+QUERY_S: Final = 5.0
 _KEYS_AT_ONCE: Final = 2_000  # some 5 ms of the one thread
 # Some 20 ms of deleting: short enough that nobody waits for it, long enough to be worth a commit.
 _PRUNED_AT_ONCE: Final = 5_000
@@ -190,7 +195,7 @@ class Reads:
 
     async def tell_keys(self, learn: Callable[[Sequence[tuple[UserId, str, str]]], None]) -> None:
         """Hand (user, operation, key) of every receipt to `learn`, some at a time: there may be tens of millions."""
-        async with self._session() as conn, conn.transaction(), conn.cursor(name="keys") as cursor:
+        async with self._session(math.inf) as conn, conn.transaction(), conn.cursor(name="keys") as cursor:
             await cursor.execute(statements.KEYS)
             while rows := await cursor.fetchmany(_KEYS_AT_ONCE):
                 learn(rows)
@@ -200,17 +205,21 @@ class Reads:
         chunk = {"before": statements.as_datetime(before), "limit": at_once}
         total = 0
         while True:
-            async with self._session() as conn:
+            async with self._session(math.inf) as conn:
                 pruned = (await conn.execute(statements.PRUNE, chunk)).rowcount
             total += pruned
             if pruned < at_once:
                 return total
 
     @asynccontextmanager
-    async def _session(self) -> AsyncIterator[TrioConnection]:
+    async def _session(self, timeout_s: float = QUERY_S) -> AsyncIterator[TrioConnection]:
+        """A connection, for so long; whatever fails on it is `Unavailable`."""
         try:
             async with self._pool.acquire() as conn:
-                yield conn
+                with trio.move_on_after(timeout_s) as patience:
+                    yield conn
+                if patience.cancelled_caught:
+                    raise Unavailable(f"no answer within {timeout_s} s")
         except (psycopg.OperationalError, psycopg.InternalError) as error:
             # Internal to the server are, among others, that it has become read-only and that a page is damaged.
             raise Unavailable(str(error)) from error

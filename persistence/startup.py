@@ -127,12 +127,16 @@ class EngineLock:
             psycopg.OperationalError: the server is out of reach.
         """
         conn = await self._connect()
+        is_taken = False
         try:
             with trio.move_on_after(_PREDECESSOR_GONE_S):
-                while not await self._try(conn):  # noqa: ASYNC110 (the server can't wake us)
+                while not await self._try(conn):
+                    is_taken = True
                     await trio.sleep(_RETRY_S)
                 self._conn = conn
                 return
+            if not is_taken:
+                raise psycopg.errors.ConnectionTimeout(f"no word about the lock within {_PREDECESSOR_GONE_S} s")
             holder = await self._holder(conn)
         finally:
             if self._conn is not conn:

@@ -16,6 +16,7 @@ from psycopg import sql
 
 from engine.ledger import Batch, Change, InDoubt, LedgerFault, Rejected, Resolution, StorageFull, Unavailable
 from engine.model import DropRecord, Instant
+from persistence import ledger as ledger_module
 from persistence import resolution, startup
 from persistence.embedded import EmbeddedServer
 from persistence.ledger import PostgresLedger, open_ledger
@@ -472,6 +473,48 @@ async def test_a_second_engine_is_refused(
     with pytest.raises(AnotherEngine, match=r"another engine serves from this database \(pid \d+\)"):
         async with open_ledger(database, TEST_OPTIONS):
             pytest.fail("it was let in")
+
+
+async def test_a_server_that_does_not_say_whether_another_engine_serves_is_out_of_reach(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(lock: startup.EngineLock, conn: TrioConnection) -> bool:
+        await conn.execute("SELECT pg_sleep(5)")
+        return True
+
+    monkeypatch.setattr(startup, "_PREDECESSOR_GONE_S", 0.1)
+    monkeypatch.setattr(startup.EngineLock, "_try", slow)
+    with pytest.raises(Unavailable, match="no word about the lock"):
+        async with open_ledger(database, TEST_OPTIONS):
+            pytest.fail("it was let in")
+
+
+async def test_a_ledger_is_in_reach_when_it_would_take_a_batch(
+    subject: PostgresSubject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(conn: TrioConnection, *, allow_unsafe_durability: bool) -> None:
+        raise UnsafeDurability("the test turned it off")
+
+    ledger = subject.ledger
+    assert isinstance(ledger, PostgresLedger)
+    ledger.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger_module, "check_settings", refuse)
+        with pytest.raises(Unavailable, match="the test turned it off"):
+            await ledger.resolve([])
+    assert await ledger.resolve([]) == {}
+    assert ledger.statistics().is_connected
+
+
+async def test_what_is_flushed_is_the_sessions_own_setting_and_no_reload_changes_it(
+    subject: PostgresSubject, session: TrioConnection
+) -> None:
+    ledger = subject.ledger
+    assert isinstance(ledger, PostgresLedger)
+    writer = ledger._writer
+    assert writer is not None
+    asked = "SELECT source FROM pg_settings WHERE name = 'synchronous_commit'"
+    assert await (await writer.execute(asked)).fetchone() == ("session",)
 
 
 async def test_an_engine_may_start_as_soon_as_another_has_stopped(database: str) -> None:

@@ -202,6 +202,13 @@ async def test_a_database_that_takes_no_writes_is_unavailable(reads: Reads) -> N
         await reads.introduce([(user(), None)], create=True, at=at(0))
 
 
+async def test_a_database_that_does_not_answer_is_unavailable(reads: Reads) -> None:
+    with pytest.raises(Unavailable, match="no answer within"):
+        async with reads._session(0.05) as conn:
+            await conn.execute("SELECT pg_sleep(30)")
+    await reads.ping()
+
+
 async def test_a_connection_that_dies_while_it_is_used_is_unavailable(reads: Reads, pool: Pool) -> None:
     with pytest.raises(Unavailable):
         async with reads._session() as conn:

@@ -13,7 +13,9 @@ import httpx
 import psycopg
 import pytest
 import trio
+from psycopg import sql
 from trio.testing import wait_all_tasks_blocked
+from websockets.sync.client import connect
 
 from persistence.embedded import EmbeddedServer, find_running
 from tests.ports import free_port
@@ -50,6 +52,49 @@ async def test_database_down_at_the_start_is_waited_for(database: str, proxy: Pr
     drop_id = await shop.new_drop(1)
     assert (await user.reserve(drop_id)).status == 201
     assert bugs_in(server) == []
+
+
+async def test_database_that_takes_no_writes_yet_is_waited_for(database: str, engine: StartEngine) -> None:
+    """As a standby that is about to be promoted: it answers all that is asked before the drops are taken over."""
+
+    def set_read_only(value: str) -> None:
+        with psycopg.connect(database, autocommit=True, options="-c default_transaction_read_only=off") as connection:
+            name = sql.Identifier(connection.info.dbname)
+            words = sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = {}")
+            connection.execute(words.format(name, sql.Literal(value)))
+
+    set_read_only("on")
+    server = engine(database, until="/healthz")
+    shop = Shop(server.port)
+    await until(lambda: "database_awaited" in server.log())
+    assert (await shop.get("/readyz")).status == 503
+    set_read_only("off")
+    server.wait_for("/readyz")
+    new_drop = b'{"name": "Air", "price": 1, "total_stock": 1}'
+    user = shop.user()
+    # The writer's session began read-only, and is replaced when that is seen: by its first batch.
+    while (made := await user.send("POST", "/drops", body=new_drop)).status == 503:
+        await trio.sleep(0.05)
+    assert made.status == 201
+    assert bugs_in(server) == []
+
+
+async def test_viewer_of_all_is_shown_what_there_is_while_the_database_is_away(
+    database: str, proxy: Proxy, engine: StartEngine
+) -> None:
+    server = engine(proxy.dsn(database))
+    drop_id = await Shop(server.port).new_drop(3)
+    proxy.refuse()
+    known = (
+        "0199c2f0-0000-7000-8000-0000000000af"  # from before: one that ended, for example, and is in the tables alone
+    )
+
+    def look() -> str:
+        with connect(f"ws://127.0.0.1:{server.port}/api/v1/live") as viewer:
+            viewer.send(f'{{"type": "subscribe", "drops": "*", "resume": {{"{known}": 7}}}}')
+            return str(viewer.recv(10))
+
+    assert f'"type":"snapshot","seq":1,"drop":{{"id":"{drop_id}"' in await trio.to_thread.run_sync(look)
 
 
 @pytest.mark.parametrize("way", ["refused", "silent"])
