@@ -56,7 +56,7 @@ CHUNK: Final = 65_536  # bytes of news that a stream gets at once: half of what 
 # every client would come for one.
 GAP_S: Final = 0.2
 MESSAGES_PER_S: Final = 20.0  # of a client, in the long run
-MESSAGES_AT_ONCE: Final = 200.0  # a page joins each of its drops with a message
+MESSAGES_AT_ONCE: Final = 1_200.0  # a page joins each of up to 1,000 drops with one
 HANDSHAKE_S: Final = 10.0
 UPGRADE_S: Final = 10.0  # between a probe and its end
 CLOSE_S: Final = 2.0  # that a client may take to answer our close

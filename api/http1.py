@@ -17,7 +17,7 @@ import msgspec
 from api.errors import ApiError
 
 HEAD_MAX: Final = 16_384  # bytes of request line and fields
-TARGET_MAX: Final = 2_048  # bytes of the target; no address of the API has a tenth of it
+TARGET_MAX: Final = 2_048  # bytes of the target: a stream of events names up to 54 drops in it, nothing else a tenth
 # What a body may have beyond its limit, or in wrapping, and still be read to its end, so that the connection lives on.
 DRAIN_MAX: Final = 1_048_576
 HEAD_S: Final = 10.0  # to send a head

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from api import events, live, schemas
+from api import events, http1, live, schemas
 from api.answers import JSON
 from api.errors import FAULTS
 from api.events import ALL
@@ -414,7 +414,8 @@ def _live() -> Schema:
                 "live",
                 "live",
                 "The live feed over a WebSocket",
-                "Send `subscribe` with the drops to watch, or `*`, and `resume` with how far you had got. "
+                "Send `subscribe` with the drops to watch, or `*`, and `resume` with how far you had got: the newest "
+                "`seq`, or one less if you may have missed the last of its frames. "
                 f"`{BASE}/live/events` is the same for those who have no WebSocket.",
                 {101: upgraded},
                 [*UP, "UPGRADE_REQUIRED", "ORIGIN_NOT_ALLOWED"],
@@ -433,7 +434,8 @@ def _live() -> Schema:
                         "name": "drops",
                         "in": "query",
                         "required": True,
-                        "description": f"Ids of at most {live.DROPS_MAX} drops, with commas between them; or `{ALL}`.",
+                        "description": f"Ids of at most {live.DROPS_MAX} drops, with commas between them; or `{ALL}`. "
+                        f"An address in HTTP/1 has at most {http1.TARGET_MAX:,} bytes, room for 54.",
                         "schema": {"type": "string", "pattern": DROPS_PATTERN},
                         "example": ALL,
                     },
