@@ -246,26 +246,21 @@ def test_body_that_does_not_come_is_given_up_with_a_clear_error(shop: Shop) -> N
 
 
 def test_http_2_client_that_takes_nothing_does_not_keep_the_server_from_stopping(database: str, tmp_path: Path) -> None:
-    protocol = H2Connection(H2Configuration(client_side=True))
-    protocol.local_settings[SettingCodes.INITIAL_WINDOW_SIZE] = 0
-    protocol.local_settings.acknowledge()
-    protocol.initiate_connection()
     fields = [(":method", "GET"), (":path", "/api/healthz"), (":scheme", "http"), (":authority", "h")]
-    protocol.send_headers(1, fields, end_stream=True)
-    asked = protocol.data_to_send()
     with (
         serving(database, tmp_path / "log", SHUTDOWN_TIMEOUT_MS="300") as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as gone,
         socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as there,
     ):
         for sock in (gone, there):
-            sock.sendall(asked)
+            protocol = H2Connection(H2Configuration(client_side=True))
+            protocol.local_settings[SettingCodes.INITIAL_WINDOW_SIZE] = 0
+            protocol.initiate_connection()
+            protocol.send_headers(1, fields, end_stream=True)
+            sock.sendall(protocol.data_to_send())
             events: list[Event] = []
-            told = H2Connection(H2Configuration(client_side=True))
-            told.initiate_connection()
-            told.send_headers(1, fields, end_stream=True)
             while not any(isinstance(event, ResponseReceived) for event in events):
-                events += told.receive_data(sock.recv(65_536))
+                events += protocol.receive_data(sock.recv(65_536))
             assert not any(isinstance(event, DataReceived) for event in events)
         gone.close()
         time.sleep(0.1)
