@@ -35,6 +35,7 @@ class People:
         self.may_create = may_create
         self.is_down = False
         self.asked: list[list[tuple[UserId, str | None]]] = []
+        self.failures: list[Exception] = []  # of the next questions
         self.open = trio.Event()
         self.open.set()
 
@@ -44,6 +45,8 @@ class People:
         await trio.lowlevel.checkpoint()
         if self.is_down:
             raise Unavailable("the test took it away")
+        if self.failures:
+            raise self.failures.pop()
         if self.may_create:
             for user_id, wanted in strangers:
                 self.names.setdefault(user_id, wanted or f"user_{user_id[-1]}")
@@ -79,20 +82,11 @@ async def look_up(users: UserDirectory, user_id: UserId, name: str | None, into:
 
 async def test_question_that_fails_is_the_askers_failure_and_nobody_elses() -> None:
     people = People()
-    failures: list[Exception] = [ValueError("as no database of ours ever failed")]
-
-    async def introduce(strangers: Sequence[tuple[UserId, str | None]]) -> Mapping[UserId, str]:
-        if failures:
-            raise failures.pop()
-        return await people.introduce(strangers)
-
-    users = UserDirectory(introduce)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(users.run)
+    people.failures.append(ValueError("as no database of ours ever failed"))
+    async with directory_of(people) as users:
         with pytest.raises(ValueError, match="as no database"):
             await name_of(users, ANN, None)
         assert await name_of(users, ANN, "ann") == "ann"
-        nursery.cancel_scope.cancel()
 
 
 async def test_strangers_that_come_together_are_one_question() -> None:

@@ -87,6 +87,10 @@ class Peer:
         with suppress(trio.BrokenResourceError):
             await self.stream.send_all(data)
 
+    def reset(self) -> None:
+        self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.stream.socket.close()
+
     async def status(self) -> int:
         """The next answer's."""
         while b"\r\n\r\n" not in self._read:
@@ -456,8 +460,7 @@ async def test_peer_that_goes_away_before_its_answer_is_forgotten(
         slow, peer = Slow(lane, monkeypatch), await lane.connect()
         await peer.send(HOT + pipelined)
         await until(lambda: len(slow.asked) == 1)
-        peer.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        peer.stream.socket.close()
+        peer.reset()
         await until(lambda: lane.connections == 0)
         slow.asked[0].keep(Answer(200, b"nobody hears it"))
         other = await lane.connect()
@@ -474,8 +477,7 @@ async def test_reset_behind_half_a_close_ends_the_connection_and_is_not_reported
         await peer.stream.send_eof()
         await until(lambda: len(slow.asked) == 1)
         await trio.sleep(0.05)  # the end of the peer's half has been read
-        peer.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        peer.stream.socket.close()
+        peer.reset()
         if not has_epoll:  # nobody hears of it before there is an answer to write
             slow.asked[0].keep(Answer(200, b"nobody hears it"))
         await until(lambda: lane.connections == 0)

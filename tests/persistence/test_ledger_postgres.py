@@ -506,9 +506,7 @@ async def test_a_ledger_is_in_reach_when_it_would_take_a_batch(
     assert ledger.statistics().is_connected
 
 
-async def test_what_is_flushed_is_the_sessions_own_setting_and_no_reload_changes_it(
-    subject: PostgresSubject, session: TrioConnection
-) -> None:
+async def test_what_is_flushed_is_the_sessions_own_setting_and_no_reload_changes_it(subject: PostgresSubject) -> None:
     ledger = subject.ledger
     assert isinstance(ledger, PostgresLedger)
     writer = ledger._writer
