@@ -255,6 +255,7 @@ def test_http_2_client_that_takes_nothing_does_not_keep_the_server_from_stopping
         for sock in (gone, there):
             protocol = H2Connection(H2Configuration(client_side=True))
             protocol.local_settings[SettingCodes.INITIAL_WINDOW_SIZE] = 0
+            protocol.local_settings.acknowledge()  # its first frame states what is in force, so put it in force
             protocol.initiate_connection()
             protocol.send_headers(1, fields, end_stream=True)
             sock.sendall(protocol.data_to_send())
