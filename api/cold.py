@@ -137,7 +137,7 @@ class ColdLane:
 
             try:
                 # Its annotation knows sockets with TLS only, its code whatever receives and sends.
-                await TCPServer(app, self.config, self._context, state, stream).run()  # type: ignore[arg-type]
+                await _run(TCPServer(app, self.config, self._context, state, stream))  # type: ignore[arg-type]
             except Exception as bug:  # whatever goes wrong in one request ends its connection
                 log.error("connection_failed", reason=repr(bug), exc_info=bug)
                 stream.is_cut = True
@@ -160,12 +160,12 @@ class ColdLane:
         await trio.serve_listeners(self._serve_tls, listening, handler_nursery=self._nursery)
 
     async def _serve_tls(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
-        if self.taken >= self._connections_max:
-            await trio.aclose_forcefully(stream)  # an answer would cost a handshake
-            return
         transport = stream.transport_stream
-        self._streams.add(transport)
         try:
+            if self.taken >= self._connections_max:
+                await trio.aclose_forcefully(stream)  # an answer would cost a handshake
+                return
+            self._streams.add(transport)
             received = await self._begin(stream)
             if received is None:
                 await trio.aclose_forcefully(stream)
@@ -176,6 +176,8 @@ class ColdLane:
                 await self._serve(transport, BegunStream(stream, received))
         finally:
             self._streams.discard(transport)
+            # Trio's stream keeps a method of its own, and with it OpenSSL's memory, as `_run` says of Hypercorn's.
+            stream._handshook._afn = trio.lowlevel.checkpoint  # type: ignore[assignment]
 
     async def _begin(self, stream: trio.SSLStream[trio.SocketStream]) -> bytes | None:
         """What a peer says first, as far as it takes to see whether it asks for a viewer's socket."""
@@ -206,7 +208,7 @@ class ColdLane:
                 finally:
                     stream.answering -= 1
 
-            await Server(app, self.config, self._context, state, stream).run()  # type: ignore[arg-type]
+            await _run(Server(app, self.config, self._context, state, stream))  # type: ignore[arg-type]
         except trio.ClosedResourceError:
             pass  # it was cut within its TLS handshake, where Hypercorn does not reckon with that
         except Exception as bug:  # whatever goes wrong on one connection ends there
@@ -260,6 +262,20 @@ class Server(TCPServer):
         await super().protocol_send(event)
         if self._is_peer_gone:
             await self.idle_task.stop()
+
+
+async def _run(server: TCPServer) -> None:
+    """Serve its connection to the end; then take apart what Hypercorn and h2 leave of it.
+
+    Their objects keep each other, so none would be free before a collection of cycles; and of connections that lasted
+    for longer than its younger generations none is made for hours.
+    """
+    try:
+        await server.run()
+    finally:
+        wrapper = vars(server).pop("protocol", None)
+        if wrapper is not None and isinstance(wrapper.protocol, Http2):
+            vars(wrapper.protocol.connection).clear()  # which has a table of its own methods
 
 
 class OneRequest:

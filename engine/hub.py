@@ -132,6 +132,30 @@ Direct = Callable[[bytes], int]
 """A socket's own `send`: how many bytes it took; raises OSError where that is none."""
 
 
+class _Gone:
+    """In place of a viewer who has closed its watch.
+
+    A connection keeps its watch. If the watch kept the connection as well, neither would be free before a collection
+    of cycles, and of viewers who stayed for longer than its younger generations last none is made for hours.
+    """
+
+    __slots__ = ("dialect",)
+
+    direct = None
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+
+    def send(self, data: bytes) -> bool:
+        return False
+
+    def keep(self, rest: bytes) -> None:
+        pass
+
+    def send_away(self) -> None:
+        pass
+
+
 class HubStatistics(msgspec.Struct, frozen=True):
     viewers: int
     parked: int
@@ -159,7 +183,7 @@ class Watch:
     )
 
     def __init__(self, hub: "Hub", viewer: Viewer) -> None:
-        self.viewer = viewer
+        self.viewer: Viewer = viewer
         self.user_id: UserId | None = None
         self.drops: set[DropId] = set()
         self.is_all = False
@@ -267,6 +291,7 @@ class Watch:
             self.hinder()
             self.unsubscribe_all()
             self.is_closed = True
+            self.viewer = _Gone(self.viewer.dialect)
             self._hub.forget(self)
 
     def _mark(self, drop_id: DropId, resume: Mapping[DropId, int] | None) -> None:
