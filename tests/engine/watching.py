@@ -136,7 +136,6 @@ class Listener:
 
     def send(self, data: bytes) -> bool:
         assert data, "a send of nothing"
-        assert not self.watch.is_closed, "told after it was closed"
         if self.room == 0:
             self.refused += 1
             return False
@@ -172,7 +171,6 @@ class Listener:
         self.watch.hinder()
 
     def send_away(self) -> None:
-        assert not self.is_away, "sent away twice"
         self.is_away = True
 
     # For tests ---------------------------------------------------------------------------------------
