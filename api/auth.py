@@ -24,6 +24,7 @@ from persistence.usernames import NAME_LENGTH_MAX, NAME_LENGTH_MIN
 KNOWN_USERS_MAX = 1_000_000
 INTRODUCE_MAX = 1_000  # users looked up or made by one statement
 WAITING_USERS_MAX = 20_000  # callers that wait to be looked up; beyond it 503
+OTHER_SITES = frozenset(("cross-site", "same-site"))  # as a browser says of a page (Fetch Metadata, Sec-Fetch-Site)
 
 
 class Caller(msgspec.Struct, frozen=True, gc=False):
@@ -103,9 +104,11 @@ class Authenticator:
         """Who is asking; `headers` has lower-case names. Awaits promises only.
 
         Raises:
-            ApiError: 401, or 422 for a name that is none.
+            ApiError: 401, 403 for a page that may not speak for its visitor, or 422 for a name that is none.
             Unavailable: a stranger, and the database is out of reach.
         """
+        if self._believes_headers and "origin" in headers:
+            self._check_page(headers)
         if self._believes_headers and "x-user-name" not in headers:
             # As most callers come: one that is known needs no further look at what it says.
             text = UserId(headers.get("x-user-id", ""))
@@ -119,6 +122,15 @@ class Authenticator:
         if username is None:
             raise _auth_required("No such user.")
         return Caller(user_id, username)
+
+    def _check_page(self, headers: Mapping[str, str]) -> None:
+        """Refuse another site's page: its browser sends the visitor's cookies along, and by those a proxy may know him.
+
+        What the browser says of the page is asked, not whether `Host` is its origin's: proxies do not pass that on by
+        default.
+        """
+        if headers.get("sec-fetch-site") in OTHER_SITES and not self._settings.allows_origin(headers["origin"]):
+            raise ApiError(403, "ORIGIN_NOT_ALLOWED", "Pages of this origin may not act for their visitors.")
 
     def _claimed(self, headers: Mapping[str, str]) -> tuple[UserId, str | None]:
         if not self._believes_headers:

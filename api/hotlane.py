@@ -76,6 +76,7 @@ HEADERS: Final = tuple(
         "authorization",
         "x-user-name",
         "origin",
+        "sec-fetch-site",
     )
 )
 

@@ -48,7 +48,7 @@ OTHER_CODES: Final[Mapping[str, tuple[int, str]]] = {
     "INVALID_X_USER_ID": (401, "X-User-Id must be a UUID."),
     "INVALID_TOKEN": (401, "The bearer token is not valid."),
     "NOT_ALLOWED": (403, "The proxy of this server says who you are (live feed only)."),
-    "ORIGIN_NOT_ALLOWED": (403, "Pages of this origin may not open a live feed."),
+    "ORIGIN_NOT_ALLOWED": (403, "Pages of this origin may not open a live feed, nor act for their visitors."),
     "NOT_FOUND": (404, "There is nothing at this address."),
     "UNKNOWN_EVENT": (404, "There is no such event (Socket.IO only)."),
     "METHOD_NOT_ALLOWED": (405, "The method is not for this address; `Allow` names those that are."),

@@ -85,3 +85,49 @@ def test_options_without_a_preflight_is_an_empty_answer(shop: Shop) -> None:
     response = shop.http.options(shop.root + "/drops")
 
     assert (response.status_code, response.content) == (204, b"")
+
+
+# Whom a proxy knows by a cookie, which a browser sends along with what any page asks.
+
+
+def test_page_of_another_site_does_not_act_for_its_visitor(strict: Shop, known_user: str) -> None:
+    visitor = strict.visitor(known_user)
+    drop = visitor.post("/drops", {"name": "Drop", "price": 1, "total_stock": 5, "status": "live"}).data
+    reservation_id = visitor.holds(drop)
+    for origin in ("https://evil.example", "https://shop.example.evil.example", "null"):
+        for site in ("cross-site", "same-site"):
+            abused = strict.visitor(known_user, origin=origin, sec_fetch_site=site)
+            refused = [
+                abused.reserve(drop),
+                abused.purchase(drop),
+                abused.cancel(reservation_id),
+                abused.post("/drops", {"name": "Drop", "price": 1, "total_stock": 5}),
+                abused.get("/me"),
+            ]
+            assert {reply.error for reply in refused} == {(403, "ORIGIN_NOT_ALLOWED")}
+    assert strict.stock(drop) == 4
+    assert visitor.purchase(drop).status == 201
+
+
+@pytest.mark.parametrize(
+    ("origin", "site"),
+    [
+        (PAGE, "cross-site"),
+        (PAGE, "same-site"),
+        ("https://behind.a.proxy.example", "same-origin"),
+        ("https://of.an.older.browser.example", ""),
+    ],
+)
+def test_allowed_page_and_our_own_act_for_their_visitors(strict: Shop, known_user: str, origin: str, site: str) -> None:
+    visitor = strict.visitor(known_user, origin=origin, sec_fetch_site=site)
+    drop = visitor.post("/drops", {"name": "Drop", "price": 1, "total_stock": 5, "status": "live"}).data
+    assert visitor.cancel(visitor.holds(drop)).status == 200
+
+
+def test_link_on_another_site_may_be_followed(strict: Shop, known_user: str) -> None:
+    assert strict.visitor(known_user, sec_fetch_site="cross-site").get("/me").status == 200
+
+
+def test_in_development_every_page_may_act_for_its_visitor(shop: Shop) -> None:
+    visitor = shop.visitor(origin="http://localhost:5173", sec_fetch_site="same-site")
+    assert visitor.reserve(shop.drop()).status == 201
