@@ -143,6 +143,7 @@ def create_app(settings: Settings, gate: Gate) -> QuartTrio:
     app.asgi_websocket_class = StrayWebsocket
     app.config["MAX_CONTENT_LENGTH"] = settings.body_max_bytes
     app.config["BODY_TIMEOUT"] = BODY_S
+    app.config["RESPONSE_TIMEOUT"] = None  # who writes to the peer looks whether it reads; one that is slow may be
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False  # it would answer // with a redirect, in HTML

@@ -18,16 +18,21 @@ from typing import Any, Final
 
 import structlog
 import trio
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes
 from h11 import Request
 from hypercorn import protocol
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol import h2, h11
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import StreamClosed
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
+from hypercorn.typing import Event as IOEvent
 from hypercorn.utils import wrap_app
 from quart_trio import QuartTrio
 
@@ -36,11 +41,14 @@ from api.hotlane import Connection
 from api.http1 import HEAD_MAX, HEAD_S, Message
 from api.settings import Settings
 from api.sockets import Sockets
+from api.viewers import bound_unacked
 
 log = structlog.get_logger()
 
 STREAMS: Final = frozenset(path.encode() for path in events.PATHS)
 SILENCE_S: Final = 75  # after which a connection is closed; longer than any answer takes, shorter than NATs forget
+UNREAD_S: Final = 60.0  # after which a stream of HTTP/2 is reset of which the peer has taken less than `READ_LEAST`
+READ_LEAST: Final = 1_024  # bytes, or all that there is: who takes a byte now and then is not reading
 END_OF_HEAD: Final = re.compile(rb"\n\r?\n")  # as Hypercorn has it, which reads a bare LF, too
 NOT_ASCII: Final = (
     b"HTTP/1.1 400 \r\ncontent-length: 0\r\nconnection: close\r\n\r\n"  # as Hypercorn refuses what is no request
@@ -50,15 +58,54 @@ NOT_ASCII: Final = (
 READ_BEFORE: Final = frozenset((b"content-length", b"transfer-encoding", b"expect", b"trailer", b"upgrade"))
 
 
-class Http2(h2.H2Protocol):
-    """Hypercorn's, without its offer of WebSockets on streams (RFC 8441): a viewer's needs a connection of its own.
+class Unread(Exception):
+    """The peer of an HTTP/2 stream takes nothing of what there is for it."""
 
-    A browser that is offered them would take no other way, and find nothing there.
+
+class Http2(h2.H2Protocol):
+    """Hypercorn's, with three changes.
+
+    It does not offer WebSockets on streams (RFC 8441), since a viewer's needs a connection of its own: a browser that
+    is offered them would take no other way, and find nothing there. A stream that its peer does not read is reset after
+    `UNREAD_S`: it would be kept, with whoever answers it, for as long as the connection. So is one whose answer breaks
+    off, which its peer would await for as long.
     """
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         del self.connection.local_settings[SettingCodes.ENABLE_CONNECT_PROTOCOL]
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, StreamClosed) and self._is_unfinished(event.stream_id):
+            await self._reset(event.stream_id, ErrorCodes.INTERNAL_ERROR)
+        try:
+            await super().stream_send(event)
+        except Unread:
+            await self._reset(event.stream_id, ErrorCodes.CANCEL)
+
+    def _is_unfinished(self, stream_id: int) -> bool:
+        left = self.stream_buffers.get(stream_id)
+        return left is not None and not left.complete
+
+    async def _reset(self, stream_id: int, why: ErrorCodes) -> None:
+        with suppress(ProtocolError):  # it is closed already
+            self.connection.reset_stream(stream_id, why)
+            await self._flush()
+        await self._close_stream(stream_id)
+        await self._window_updated(stream_id)  # who sends finds it closed, and forgets it
+
+    def take_apart(self) -> None:
+        """Of a connection that has ended: what keeps itself."""
+        vars(self.connection).clear()  # which has a table of its own methods
+        for stream_id in self.stream_buffers:  # cut off; parents and children know each other
+            self.priority.remove_stream(stream_id)
+
+    async def _close_stream(self, stream_id: int) -> None:
+        """As Hypercorn does it, which keeps what was left to send: after each reset of a peer's, too."""
+        await super()._close_stream(stream_id)
+        left = self.stream_buffers.get(stream_id)
+        if left is not None:
+            await left.close()
 
 
 class Http1(h11.H11Protocol):
@@ -152,6 +199,7 @@ class ColdLane:
             self._sockets.take(sock, received)
             return
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        bound_unacked(stream.setsockopt)
         self._streams.add(stream)  # from now on it counts
         self._nursery.start_soon(self._serve, stream, BegunStream(stream, received))
 
@@ -165,6 +213,7 @@ class ColdLane:
             if self.taken >= self._connections_max:
                 await trio.aclose_forcefully(stream)  # an answer would cost a handshake
                 return
+            bound_unacked(transport.setsockopt)
             self._streams.add(transport)
             received = await self._begin(stream)
             if received is None:
@@ -177,7 +226,8 @@ class ColdLane:
         finally:
             self._streams.discard(transport)
             # Trio's stream keeps a method of its own, and with it OpenSSL's memory, as `_run` says of Hypercorn's.
-            stream._handshook._afn = trio.lowlevel.checkpoint  # type: ignore[assignment]
+            with suppress(AttributeError):  # it has no public name
+                stream._handshook._afn = trio.lowlevel.checkpoint  # type: ignore[assignment]
 
     async def _begin(self, stream: trio.SSLStream[trio.SocketStream]) -> bytes | None:
         """What a peer says first, as far as it takes to see whether it asks for a viewer's socket."""
@@ -275,7 +325,7 @@ async def _run(server: TCPServer) -> None:
     finally:
         wrapper = vars(server).pop("protocol", None)
         if wrapper is not None and isinstance(wrapper.protocol, Http2):
-            vars(wrapper.protocol.connection).clear()  # which has a table of its own methods
+            wrapper.protocol.take_apart()
 
 
 class OneRequest:
@@ -317,29 +367,68 @@ class OneRequest:
 
 
 class Backpressure(h2.StreamBuffer):
-    """What an HTTP/2 stream has yet to send. Who fills it waits until the peer has taken of it.
+    """What an HTTP/2 stream has yet to send. Who fills it waits until the peer has taken of it, but not for ever.
 
     With Hypercorn's own that wait ends at once while the peer's window is shut: a reader of events that does not read
     had the server keep all of them.
     """
 
+    def __init__(self, event_class: type[IOEvent]) -> None:
+        super().__init__(event_class)
+        self._moved_at = trio.current_time()  # when there began to be something, or enough of it was taken
+        self._taken = 0  # bytes since then
+
     async def push(self, data: bytes) -> None:
+        """Add it.
+
+        Raises:
+            Unread: the peer does not take what there is, be there room for more or not.
+        """
         if self._complete:
             raise h2.BufferCompleteError
+        if not self.buffer:
+            self._move()
+        elif trio.current_time() >= self._moved_at + UNREAD_S:
+            raise Unread
         self.buffer.extend(data)
         await self._is_empty.clear()
         while len(self.buffer) >= h2.BUFFER_HIGH_WATER and not self._complete:
             await self._paused.clear()
-            await self._paused.wait()
+            await self._while_read(self._paused)
+
+    async def drain(self) -> None:
+        """Wait until all has left.
+
+        Raises:
+            Unread: the peer does not take it.
+        """
+        if not self.buffer:
+            self._move()
+        await self._while_read(self._is_empty)
 
     async def pop(self, max_length: int) -> bytes:
         data = bytes(self.buffer[:max_length])
         del self.buffer[: len(data)]
+        self._taken += len(data)
+        if self._taken >= READ_LEAST:
+            self._move()
         if len(self.buffer) < h2.BUFFER_LOW_WATER:
             await self._paused.set()
         if not self.buffer:
             await self._is_empty.set()
         return data
+
+    def _move(self) -> None:
+        self._moved_at = trio.current_time()
+        self._taken = 0
+
+    async def _while_read(self, happened: IOEvent) -> None:
+        while True:
+            with trio.move_on_at(self._moved_at + UNREAD_S):
+                await happened.wait()
+                return
+            if trio.current_time() >= self._moved_at + UNREAD_S:
+                raise Unread
 
 
 h2.StreamBuffer = Backpressure  # type: ignore[misc]  # it has no setting for that

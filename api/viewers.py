@@ -305,5 +305,10 @@ class StreamViewer(ViewerStream):
 def _bound(set_option: Callable[[int, int, int], None]) -> None:
     """Bound what the kernel keeps for a viewer, and for how long."""
     set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)
+    bound_unacked(set_option)
+
+
+def bound_unacked(set_option: Callable[[int, int, int], None]) -> None:
+    """Bound for how long the kernel goes on with a peer that is gone, or takes nothing."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux
         set_option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKED_MS)
