@@ -8,6 +8,7 @@
 The front end opens first, since a process that waits for its database must say so; it is drained first, too.
 """
 
+import ctypes
 import gc
 import math
 import random
@@ -55,6 +56,7 @@ PRUNE_S = 3600.0  # between two clean-outs of old idempotency keys
 WATCH_S = 0.2  # between two looks at the embedded server's process
 MS_PER_HOUR = 3_600_000
 GC_THRESHOLDS = (50_000, 20, 10)
+TRIM_S = 60.0  # between two times that memory which nobody uses goes back to the system
 
 OPERATOR_ERRORS = (PortTaken, CertificateUnusable, StartRefused, EmbeddedServerError, schema.SchemaOutdated)
 
@@ -103,6 +105,7 @@ async def _serve(settings: Settings) -> int:
                 # with the usual thresholds, the longest of 10 ms, and one of 0.04 ms with these. Nor does a viewer
                 # (tests/contract/test_leaving).
                 gc.set_threshold(*GC_THRESHOLDS)
+                nursery.start_soon(trim)
                 gate.service = service
                 log.info("ready", drops=service.registry.statistics().drops)
                 await stop.wait()
@@ -110,6 +113,19 @@ async def _serve(settings: Settings) -> int:
         nursery.cancel_scope.cancel()
     log.info("stopped")
     return 0
+
+
+async def trim() -> None:
+    """Give back what glibc keeps free, every now and then, for ever.
+
+    By itself it does so at the end of its heap only, where something small is always in use: what a crowd needed would
+    stay with the server when it has gone, and with every burst there would be a little more of it. It takes 0.4 ms
+    where 4 MiB of 90 go back, 2 ms where all do.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other systems' have none
+    while malloc_trim is not None:
+        await trio.sleep(TRIM_S)
+        malloc_trim(0)
 
 
 async def _stop_on_signal(
