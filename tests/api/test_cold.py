@@ -130,10 +130,9 @@ async def test_stream_that_was_reset_leaves_nothing_behind(
         if by_peer:
             peer.protocol.reset_stream(unread)
             await peer.flush()
-            await trio.sleep(1)
         else:
             await peer.told(StreamReset, unread)
-            await trio.sleep(1)
+        await trio.sleep(1)
         (connection,) = made
         assert not connection.streams
         assert not connection.stream_buffers
