@@ -19,6 +19,8 @@ from typing import Any, Final
 import structlog
 import trio
 from h2.errors import ErrorCodes
+from h2.events import DataReceived, PriorityUpdated, RequestReceived
+from h2.events import Event as H2Event
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes
 from h11 import Request
@@ -63,34 +65,84 @@ class Unread(Exception):
 
 
 class Http2(h2.H2Protocol):
-    """Hypercorn's, with three changes.
+    """Hypercorn's, but what befalls one stream is no matter of the others, and none is kept for as long as its peer
+    likes.
 
     It does not offer WebSockets on streams (RFC 8441), since a viewer's needs a connection of its own: a browser that
     is offered them would take no other way, and find nothing there. A stream that its peer does not read is reset after
     `UNREAD_S`: it would be kept, with whoever answers it, for as long as the connection. So is one whose answer breaks
-    off, which its peer would await for as long.
+    off, which its peer would await for as long, and one that asks for what Hypercorn has no answer to. What was left to
+    send on a stream goes with it; what comes on one that has been answered is passed over.
+
+    Priorities are passed over too, as RFC 9113, 5.3.2 allows: Hypercorn's tree of them keeps a place for each stream
+    that was ever named in one, and starves those that depend on a busy one.
     """
+
+    stream_buffers: dict[int, "Backpressure"]  # type: ignore[assignment]
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         del self.connection.local_settings[SettingCodes.ENABLE_CONNECT_PROTOCOL]
 
     async def stream_send(self, event: StreamEvent) -> None:
-        if isinstance(event, StreamClosed) and self._is_unfinished(event.stream_id):
-            await self._reset(event.stream_id, ErrorCodes.INTERNAL_ERROR)
+        if isinstance(event, StreamClosed):
+            await self._finish(event.stream_id)
         try:
             await super().stream_send(event)
         except Unread:
             await self._reset(event.stream_id, ErrorCodes.CANCEL)
 
-    def _is_unfinished(self, stream_id: int) -> bool:
-        left = self.stream_buffers.get(stream_id)
-        return left is not None and not left.complete
+    async def _handle_events(self, events: list[H2Event]) -> None:
+        for event in events:  # one by one, since an answer may end before the next
+            match event:
+                case RequestReceived() if why := self._refusal(event):
+                    self._refuse(event.stream_id, why)
+                case DataReceived() if event.stream_id not in self.streams:
+                    # The connection's window is for the others, too.
+                    self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                case PriorityUpdated():
+                    pass
+                case _:
+                    await super()._handle_events([event])
+        await self._flush()
 
-    async def _reset(self, stream_id: int, why: ErrorCodes) -> None:
+    def _refusal(self, event: RequestReceived) -> ErrorCodes | None:
+        """Why a stream gets no answer."""
+        if self.context.terminated.is_set():
+            return ErrorCodes.REFUSED_STREAM  # it may be asked again, elsewhere
+        asked = dict(event.headers)
+        method, path = asked.get(b":method", b""), asked.get(b":path")
+        # h2 lets tunnels through, whatever is offered, and any byte.
+        is_answered = path is not None and method.upper() != b"CONNECT" and (method + path).isascii()
+        return None if is_answered else ErrorCodes.PROTOCOL_ERROR
+
+    def _refuse(self, stream_id: int, why: ErrorCodes) -> None:
         with suppress(ProtocolError):  # it is closed already
             self.connection.reset_stream(stream_id, why)
-            await self._flush()
+
+    async def _flush(self) -> None:
+        with trio.CancelScope(shield=True):  # what h2 has given out is no longer there: of other streams, too
+            await super()._flush()
+
+    async def _send_data(self, stream_id: int) -> None:
+        left = self.stream_buffers.get(stream_id)
+        await super()._send_data(stream_id)
+        if left is not None and stream_id not in self.stream_buffers:
+            left.gone.set()
+
+    async def _finish(self, stream_id: int) -> None:
+        """Before a stream is closed: the end of its answer leaves, or it is reset where there was none."""
+        left = self.stream_buffers.get(stream_id)
+        if left is None:
+            return
+        if not left.complete:
+            await self._reset(stream_id, ErrorCodes.INTERNAL_ERROR)
+        with trio.move_on_after(UNREAD_S):
+            await left.gone.wait()
+
+    async def _reset(self, stream_id: int, why: ErrorCodes) -> None:
+        self._refuse(stream_id, why)
+        await self._flush()
         await self._close_stream(stream_id)
         await self._window_updated(stream_id)  # who sends finds it closed, and forgets it
 
@@ -184,7 +236,7 @@ class ColdLane:
 
             try:
                 # Its annotation knows sockets with TLS only, its code whatever receives and sends.
-                await _run(TCPServer(app, self.config, self._context, state, stream))  # type: ignore[arg-type]
+                await _run(Server(app, self.config, self._context, state, stream))  # type: ignore[arg-type]
             except Exception as bug:  # whatever goes wrong in one request ends its connection
                 log.error("connection_failed", reason=repr(bug), exc_info=bug)
                 stream.is_cut = True
@@ -334,6 +386,7 @@ class OneRequest:
     def __init__(self, connection: Connection, request: bytes) -> None:
         self.socket = connection.sock
         self.is_cut = False  # by Hypercorn, which wants the connection closed
+        self._closed = trio.Event()
         self._connection = connection
         self._request = request
 
@@ -341,7 +394,8 @@ class OneRequest:
         await trio.lowlevel.checkpoint()
         request, self._request = self._request, b""
         if not request:
-            await trio.sleep_forever()  # until it is cancelled: there is one request, and its answer is the end
+            await self._closed.wait()  # or until it is cancelled: there is one request, and its answer is the end
+            raise trio.ClosedResourceError
         return request
 
     async def send_all(self, data: bytes) -> None:
@@ -363,6 +417,7 @@ class OneRequest:
 
     async def aclose(self) -> None:
         self.is_cut = True
+        self._closed.set()
         await trio.lowlevel.checkpoint()
 
 
@@ -375,6 +430,7 @@ class Backpressure(h2.StreamBuffer):
 
     def __init__(self, event_class: type[IOEvent]) -> None:
         super().__init__(event_class)
+        self.gone = trio.Event()  # nothing more will be sent
         self._moved_at = trio.current_time()  # when there began to be something, or enough of it was taken
         self._taken = 0  # bytes since then
 
@@ -405,6 +461,10 @@ class Backpressure(h2.StreamBuffer):
         if not self.buffer:
             self._move()
         await self._while_read(self._is_empty)
+
+    async def close(self) -> None:
+        await super().close()
+        self.gone.set()
 
     async def pop(self, max_length: int) -> bytes:
         data = bytes(self.buffer[:max_length])

@@ -23,6 +23,7 @@ from api import settings
 from api.app import create_app
 from api.cold import READ_LEAST, UNREAD_S, Backpressure, ColdLane, Http2, Unread
 from api.handlers import Gate
+from api.http1 import Message
 from api.sockets import Sockets
 from tests.ports import free_port
 
@@ -38,21 +39,36 @@ def clock() -> MockClock:
     return MockClock(autojump_threshold=0.05)
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Http2]:
+    """The server's ends of all HTTP/2 connections."""
+    ends: list[Http2] = []
+
+    class Noted(Http2):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            ends.append(self)
+
+    monkeypatch.setattr(protocol, "H2Protocol", Noted)
+    return ends
+
+
 class Peer:
     """An HTTP/2 client whose streams have no window until it gives them one."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._events: list[Event] = []
-        self.protocol = H2Connection(H2Configuration(client_side=True))
+        self.protocol = H2Connection(H2Configuration(client_side=True, validate_outbound_headers=False))
         self.protocol.local_settings[SettingCodes.INITIAL_WINDOW_SIZE] = 0
         self.protocol.local_settings.acknowledge()  # in force, since that is what the first frame states
         self.protocol.initiate_connection()
         self.protocol.increment_flow_control_window(1_000_000)  # of the connection
 
-    async def ask(self, path: str) -> int:
+    async def ask(self, path: str | bytes, method: str = "GET", **pseudo: str) -> int:
         stream_id = self.protocol.get_next_available_stream_id()
-        fields = [(":method", "GET"), (":path", path), (":scheme", "http"), (":authority", "h")]
+        fields: list[tuple[str, str | bytes]] = [(":method", method), (":path", path), (":scheme", "http")]
+        fields += [(":authority", "h"), *((f":{name}", value) for name, value in pseudo.items())]
         self.protocol.send_headers(stream_id, fields, end_stream=True)
         await self.flush()
         return stream_id
@@ -114,16 +130,8 @@ async def test_stream_that_nobody_reads_is_reset_and_the_others_are_not(clock: M
 
 @pytest.mark.parametrize("by_peer", [False, True], ids=["by us", "by the peer"])
 async def test_stream_that_was_reset_leaves_nothing_behind(
-    clock: MockClock, monkeypatch: pytest.MonkeyPatch, *, by_peer: bool
+    clock: MockClock, made: list[Http2], *, by_peer: bool
 ) -> None:
-    made: list[Http2] = []
-
-    class Noted(Http2):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
-            made.append(self)
-
-    monkeypatch.setattr(protocol, "H2Protocol", Noted)
     async with connected() as (_, peer):
         unread = await peer.ask(LARGE)
         await peer.told(ResponseReceived, unread)
@@ -150,6 +158,113 @@ async def test_answer_that_breaks_off_resets_its_stream(clock: MockClock) -> Non
         reset = await peer.told(StreamReset, stream)
         assert reset.error_code == ErrorCodes.INTERNAL_ERROR
         await peer.told(StreamReset, await peer.ask("/"))  # the connection goes on
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"path": "/", "method": "CONNECT", "protocol": "websocket"},
+        {"path": "/", "method": "connect"},
+        {"path": b"/\xff"},
+        {"path": "/", "method": b"G\xc3\x89T"},
+    ],
+    ids=["websocket", "tunnel", "path", "method"],
+)
+async def test_request_that_hypercorn_has_no_answer_to_is_reset_and_forgotten(
+    clock: MockClock, made: list[Http2], asked: dict[str, Any]
+) -> None:
+    async with connected() as (_, peer):
+        for _ in range(3):
+            reset = await peer.told(StreamReset, await peer.ask(**asked))
+            assert reset.error_code == ErrorCodes.PROTOCOL_ERROR
+        (connection,) = made
+        assert not connection.streams
+        assert not connection.stream_buffers
+        await peer.told(ResponseReceived, await peer.ask(SMALL))
+
+
+@pytest.mark.parametrize("attempt", range(10))
+async def test_answer_of_a_server_that_stops_comes_to_its_end(clock: MockClock, attempt: int) -> None:
+    may_answer = trio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            raise OSError("no lifespan")
+        await may_answer.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"hello"})
+
+    async with connected(app) as (lane, peer):
+        asked = await peer.ask("/")
+        await peer.take(asked, 100)
+        await trio.sleep(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lane.drain)
+            await trio.sleep(1)
+            refused = await peer.told(StreamReset, await peer.ask("/"))
+            assert refused.error_code == ErrorCodes.REFUSED_STREAM
+            may_answer.set()
+            await peer.told(StreamEnded, asked)
+
+
+async def test_answer_that_is_cancelled_takes_nothing_of_the_others_with_it(clock: MockClock) -> None:
+    """Its head is in the table by which those of all later answers are read."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            raise OSError("no lifespan")
+
+        async def answer() -> None:
+            name = scope["path"].encode()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"x-asked", name)]})
+            await send({"type": "http.response.body", "body": bytes(20_000_000 if name == b"/large" else 0)})
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            nursery.cancel_scope.cancel()
+
+    async with connected(app) as (_, peer):
+        peer.protocol.increment_flow_control_window(50_000_000)
+        large = await peer.ask("/large")
+        await peer.take(large, 50_000_000)
+        await trio.sleep(1)  # until no more of it fits into the sockets
+        cancelled = await peer.ask("/cancelled")
+        await trio.sleep(1)
+        peer.protocol.reset_stream(cancelled)
+        await peer.flush()
+        await trio.sleep(1)
+        last = await peer.told(ResponseReceived, await peer.ask("/last"))
+        assert dict(last.headers)[b"x-asked"] == b"/last"
+
+
+async def test_request_that_fails_beneath_the_application_gives_its_connection_back() -> None:
+    """What llhttp lets through and h11 does not; none is known."""
+    ended = trio.Event()
+
+    class Kept:
+        sock = socket.socket()
+        out = b""
+        written = b""
+        is_closed = is_last = False
+
+        def write(self, data: bytes) -> None:
+            self.written += data
+
+        def done(self, *, is_last: bool) -> None:
+            assert is_last
+            ended.set()
+
+    async with connected() as (lane, _):
+        kept: Any = Kept()
+        with kept.sock, socket.create_server(("127.0.0.1", free_port())) as listening:
+            kept.sock.connect(listening.getsockname())
+            lane.answer(kept, Message(b"GET", b"/ \x00", "1.1", [(b"host", b"h")], {b"host": b"h"}, True))
+            with trio.fail_after(5):
+                await ended.wait()
+        assert kept.written.startswith(b"HTTP/1.1 400 ")
 
 
 async def test_stream_that_is_read_slowly_is_not_reset(clock: MockClock) -> None:

@@ -238,6 +238,41 @@ def test_many_streams_of_one_http_2_connection_are_answered(shop: Shop, h2wire: 
     assert shop.stock(drop) == 0
 
 
+@pytest.mark.parametrize("path", ["/api/nothing", "/api/drops/7/reserve", "/api/healthz"])
+def test_body_that_comes_after_its_answer_ends_no_other_stream(shop: Shop, h2wire: H2Wire, path: str) -> None:
+    early = h2wire.protocol.get_next_available_stream_id()
+    fields = [(":method", "POST"), (":path", path), (":scheme", "http"), (":authority", "127.0.0.1")]
+    h2wire.protocol.send_headers(early, [*fields, ("content-length", "1000000")])
+    h2wire.flush()
+    assert h2wire.status(early) >= 400
+    for _ in range(10):  # more than the window of the connection and of the stream, were nothing of it given back
+        while h2wire.protocol.local_flow_control_window(early) < 10_000:
+            assert h2wire.receive(), "closed"
+        h2wire.protocol.send_data(early, bytes(10_000))
+        h2wire.flush()
+    assert h2wire.status(h2wire.ask("GET", "/api/healthz")) == 200
+    assert "connection_failed" not in shop.server.log()
+
+
+def test_tunnel_is_refused_and_ends_no_other_stream(shop: Shop, h2wire: H2Wire) -> None:
+    tunnel = h2wire.protocol.get_next_available_stream_id()
+    h2wire.protocol.send_headers(tunnel, [(":method", "CONNECT"), (":authority", "127.0.0.1:80")])
+    h2wire.flush()
+    while tunnel not in h2wire.ended:
+        assert h2wire.receive(), "closed"
+    assert tunnel not in h2wire.statuses or h2wire.statuses[tunnel] >= 400
+    assert h2wire.status(h2wire.ask("GET", "/api/healthz")) == 200
+    assert "connection_failed" not in shop.server.log()
+
+
+def test_priorities_of_any_number_of_streams_are_passed_over(shop: Shop, h2wire: H2Wire) -> None:
+    for stream in range(3, 5_000, 2):
+        h2wire.protocol.prioritize(stream, depends_on=stream - 2)  # a chain
+    h2wire.flush()
+    assert h2wire.status(h2wire.ask("GET", "/api/healthz")) == 200
+    assert "connection_failed" not in shop.server.log()
+
+
 def test_preface_that_is_cut_is_http_2_all_the_same(shop: Shop) -> None:
     with socket.create_connection(("127.0.0.1", shop.server.port), timeout=PATIENCE_S) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
