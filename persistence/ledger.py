@@ -266,21 +266,27 @@ class PostgresLedger:
 
     async def reclaim(self, drop_id: DropId, epoch: int) -> DropRecord | None:
         """See `engine.ledger.Ledger.reclaim`."""
-        epoch_max = self._raises.claim(drop_id, epoch)
+        epoch_max = self._raises.newest(drop_id, epoch)
         async with self._session() as conn, _bounded(self._options.take_over_timeout_s):
-            records = await self._behind_locks(conn, lambda: loading.reclaim(conn, drop_id, epoch, epoch_max))
+
+            async def take() -> list[DropRecord]:
+                records = await loading.reclaim(conn, drop_id, epoch, epoch_max)
+                for record in records:
+                    self._raises.note(drop_id, record.epoch)
+                return records
+
+            records = await self._behind_locks(conn, take)
         self._raises.forget([drop_id])
         return records[0] if records else None
 
     async def resolve(self, batch: Batch) -> dict[DropId, Resolution]:
         """See `engine.ledger.Ledger.resolve`."""
-        claims = [resolution.Claim(change, self._raises.claim(change.drop_id, change.epoch)) for change in batch]
         async with self._session() as conn:
             async with _bounded(self._options.resolve_timeout_s):
                 if batch and batch[0].is_birth:
                     # No row, no lock to wait behind: only when the old backend is gone can it write no more.
                     await self._end_suspects(conn, wait=True)
-                resolutions = await self._behind_locks(conn, lambda: resolution.resolve(conn, claims))
+                resolutions = await self._behind_locks(conn, lambda: resolution.resolve(conn, batch, self._raises))
             self._raises.forget(change.drop_id for change in batch)
             self._count(resolved=1)
             # The truth is known, and the old session is of no use to anybody any more.

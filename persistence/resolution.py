@@ -7,12 +7,11 @@ fence, and the log of events says whether our batch came before it.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
-from engine.ledger import Change, Resolution
+from engine.ledger import Batch, Change, Resolution
 from engine.model import Cancelled, DropId, Expired, Purchased, Reserved
 from persistence import statements
 from persistence.trio_pg import TrioConnection
@@ -20,38 +19,33 @@ from persistence.trio_pg import TrioConnection
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A change in doubt. The drop is ours if its epoch is the change's, or up to `epoch_max`."""
-
-    change: Change
-    epoch_max: int
-
-
 class OwnRaises:
-    """Epochs that we may have raised ourselves, in a resolution that broke off before we learned its end.
+    """Epochs that we may have raised ourselves, in a transaction whose COMMIT broke off before we learned its end.
 
-    Without this such a drop would look like one that another engine took, and be let go for good. If it *was*
-    another engine, we take the drop from it once: that is safe, it is fenced off as any other would be.
+    Without this such a drop would look like one that another engine took, and be let go for good. Only what was
+    about to be committed is kept here: an attempt that never came so far raised nothing, and the next epoch is then
+    another engine's. If that COMMIT failed and another engine raised the same epoch, we take the drop from it once:
+    that is safe, it is fenced off as any other would be.
     """
 
     def __init__(self) -> None:
-        self._epoch_max: dict[DropId, int] = {}
+        self._newest: dict[DropId, int] = {}
 
-    def claim(self, drop_id: DropId, epoch: int) -> int:
-        """The highest epoch of this drop that may be ours, given that `epoch` was; one more may be from here
-        on."""
-        epoch_max = max(epoch, self._epoch_max.get(drop_id, epoch))
-        self._epoch_max[drop_id] = epoch_max + 1
-        return epoch_max
+    def newest(self, drop_id: DropId, epoch: int) -> int:
+        """The highest epoch of this drop that may be ours, given that `epoch` was."""
+        return max(epoch, self._newest.get(drop_id, epoch))
+
+    def note(self, drop_id: DropId, epoch: int) -> None:
+        """It was raised to this one; next comes the COMMIT."""
+        self._newest[drop_id] = epoch
 
     def forget(self, drop_ids: Iterable[DropId]) -> None:
         """These came to their end, and were told."""
         for drop_id in drop_ids:
-            self._epoch_max.pop(drop_id, None)
+            self._newest.pop(drop_id, None)
 
 
-async def resolve(conn: TrioConnection, claims: Sequence[Claim]) -> dict[DropId, Resolution]:
+async def resolve(conn: TrioConnection, batch: Batch, raises: OwnRaises) -> dict[DropId, Resolution]:
     """See `engine.ledger.Ledger.resolve`. To be called in a transaction; the epochs count once that commits.
 
     Raises:
@@ -61,17 +55,16 @@ async def resolve(conn: TrioConnection, claims: Sequence[Claim]) -> dict[DropId,
     cursor = await conn.execute(
         statements.FENCE,
         {
-            "drop_ids": [claim.change.drop_id for claim in claims],
-            "epoch_mins": [claim.change.epoch for claim in claims],
-            "epoch_maxs": [claim.epoch_max for claim in claims],
+            "drop_ids": [change.drop_id for change in batch],
+            "epoch_mins": [change.epoch for change in batch],
+            "epoch_maxs": [raises.newest(change.drop_id, change.epoch) for change in batch],
         },
     )
     fenced = {drop_id: (epoch, seq) for drop_id, epoch, seq in await cursor.fetchall()}
     # A new statement, so a new snapshot: it sees all that the locks have waited for.
-    written = await _written(conn, [claim.change for claim in claims])
+    written = await _written(conn, batch)
     resolutions = {}
-    for claim in claims:
-        change = claim.change
+    for change in batch:
         is_committed = change.drop_id in written
         epoch, seq = fenced.get(change.drop_id, (None, None))
         counted = change.to_seq if is_committed else change.from_seq
@@ -80,6 +73,8 @@ async def resolve(conn: TrioConnection, claims: Sequence[Claim]) -> dict[DropId,
             # next guard to miss, which reloads it; the other drops of the batch want their truth.
             log.error("seq_contradicts_log", drop_id=change.drop_id, seq=seq, logged=counted)
         resolutions[change.drop_id] = Resolution(is_committed, epoch)
+    for drop_id, (epoch, _) in fenced.items():
+        raises.note(drop_id, epoch)
     return resolutions
 
 

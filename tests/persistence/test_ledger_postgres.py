@@ -298,9 +298,9 @@ async def test_a_resolution_that_broke_off_can_be_asked_again_and_keeps_the_drop
         await subject.ledger.commit(batch)
     resolve = resolution.resolve
 
-    async def breaks_off(conn: TrioConnection, claims: Sequence[resolution.Claim]) -> NoReturn:
+    async def breaks_off(conn: TrioConnection, batch: Batch, raises: resolution.OwnRaises) -> NoReturn:
         """The new epoch is committed, and nobody hears of it."""
-        await resolve(conn, claims)
+        await resolve(conn, batch, raises)
         await conn.execute("COMMIT")
         conn.abort()
         raise ConnectionLost("cut by the test")
@@ -310,6 +310,38 @@ async def test_a_resolution_that_broke_off_can_be_asked_again_and_keeps_the_drop
         with pytest.raises(Unavailable):
             await subject.ledger.resolve(batch)
     assert await subject.ledger.resolve(batch) == {scribe.drop_id: Resolution(True, 3)}
+
+
+@pytest.mark.parametrize("is_locked", [False, True], ids=["out of reach", "locked"])
+async def test_a_drop_that_a_rival_took_while_we_could_not_ask_is_let_go(
+    subject: PostgresSubject, session: TrioConnection, server: EmbeddedServer, *, is_locked: bool
+) -> None:
+    """However often we asked: what never came to a commit has raised nothing."""
+    doubtful, broken = Scribe(), Scribe()
+    await born(subject, doubtful, broken)
+    doubtful.reserves(user())
+    batch = [doubtful.change()]
+    ledger, dsn = subject.ledger, subject.ledger._dsn
+    lose_answers(await ledger._ready_writer(), run=True)
+    with pytest.raises(InDoubt):
+        await ledger.commit(batch)
+    ledger._options = replace(TEST_OPTIONS, resolve_timeout_s=0.2, take_over_timeout_s=0.2)
+    async with session.transaction():
+        if is_locked:
+            await session.execute("SELECT 1 FROM drops FOR UPDATE")
+        else:
+            ledger._dsn = server.dsn_of("no_such_database")
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await ledger.resolve(batch)
+            with pytest.raises(Unavailable):
+                await ledger.reclaim(broken.drop_id, 1)
+    ledger._dsn, ledger._options = dsn, TEST_OPTIONS
+    for scribe in (doubtful, broken):
+        await subject.rival_takes(scribe.drop_id)
+    assert await ledger.resolve(batch) == {doubtful.drop_id: Resolution(True, None)}
+    assert await ledger.reclaim(broken.drop_id, 1) is None
+    assert await subject.sql("SELECT DISTINCT epoch FROM drops") == [(2,)], "the rival's are untouched"
 
 
 # Locks --------------------------------------------------------------------------------------------------

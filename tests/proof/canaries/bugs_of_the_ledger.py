@@ -1,6 +1,5 @@
 """Bugs planted in the way to PostgreSQL, and in what is asked of it."""
 
-from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -26,14 +25,11 @@ def naive_key_look() -> None:
     """What became of a batch is looked up at once, without waiting for the row locks that it may hold."""
 
     def around(found: Any) -> Any:
-        async def resolve(conn: Any, claims: Sequence[resolution.Claim]) -> dict[DropId, Resolution]:
-            written = await resolution._written(conn, [claim.change for claim in claims])
-            if claims:
+        async def resolve(conn: Any, batch: Batch, raises: resolution.OwnRaises) -> dict[DropId, Resolution]:
+            written = await resolution._written(conn, batch)
+            if batch:
                 sing()
-            return {
-                claim.change.drop_id: Resolution(claim.change.drop_id in written, claim.change.epoch)
-                for claim in claims
-            }
+            return {change.drop_id: Resolution(change.drop_id in written, change.epoch) for change in batch}
 
         return resolve
 
@@ -127,9 +123,9 @@ def two_engines() -> None:
     )
 
     def around(found: Any) -> Any:
-        async def resolve(conn: Any, claims: Sequence[resolution.Claim]) -> dict[DropId, Resolution]:
-            told: dict[DropId, Resolution] = await found(conn, claims)
-            for change in (claim.change for claim in claims):
+        async def resolve(conn: Any, batch: Batch, raises: resolution.OwnRaises) -> dict[DropId, Resolution]:
+            told: dict[DropId, Resolution] = await found(conn, batch, raises)
+            for change in batch:
                 if told[change.drop_id].epoch is None:
                     told[change.drop_id] = Resolution(told[change.drop_id].committed, change.epoch)
             return told
