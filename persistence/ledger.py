@@ -65,6 +65,8 @@ class LedgerOptions:
     # How long one row lock is waited for before the backends in doubt are terminated. A batch takes
     # milliseconds.
     lock_timeout_s: float = 0.25
+    # The same for a batch: another session's lock stops its own drop, by a refusal, and not all of them by a stall.
+    commit_lock_timeout_s: float = 0.25
     resolve_timeout_s: float = 15.0
     take_over_timeout_s: float = 120.0  # a million holds load in seconds; the rest is for locks
     clock_skew_max_s: float = CLOCK_SKEW_MAX_S
@@ -220,8 +222,12 @@ class PostgresLedger:
         await check_settings(conn, allow_unsafe_durability=self._options.allow_unsafe_durability)
         # As it was just seen to be, whatever the configuration says later: a session's own value outlives a reload.
         await conn.execute("SELECT set_config('synchronous_commit', current_setting('synchronous_commit'), false)")
-        timeout_ms = int(self._options.commit_timeout_s * _SERVER_SHARE * 1000)
-        await _set(conn, {**_SESSION_SETTINGS, **_WRITER_SETTINGS, "statement_timeout": str(timeout_ms)})
+        timeouts_s = {
+            "statement_timeout": self._options.commit_timeout_s * _SERVER_SHARE,
+            "lock_timeout": self._options.commit_lock_timeout_s,
+        }
+        timeouts = {name: str(int(timeout_s * 1000)) for name, timeout_s in timeouts_s.items()}
+        await _set(conn, {**_SESSION_SETTINGS, **_WRITER_SETTINGS, **timeouts})
         for name, text in batch_sql.STATEMENTS.items():
             await conn.prepare(name, text)
 

@@ -17,7 +17,13 @@ from persistence.trio_pg import ConnectionLost, TrioConnection
 from tests.fakes import MemoryLedger, Trouble
 from tests.persistence.scribe import at
 
-TEST_OPTIONS = LedgerOptions(connect_timeout_s=5, commit_timeout_s=5, lock_timeout_s=0.05, allow_unsafe_durability=True)
+TEST_OPTIONS = LedgerOptions(
+    connect_timeout_s=5,
+    commit_timeout_s=5,
+    lock_timeout_s=0.05,
+    commit_lock_timeout_s=5,
+    allow_unsafe_durability=True,
+)
 
 
 class Subject(Protocol):

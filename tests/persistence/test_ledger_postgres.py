@@ -14,6 +14,7 @@ import trio
 import trio.testing
 from psycopg import sql
 
+from api.settings import load
 from engine.ledger import Batch, Change, InDoubt, LedgerFault, Rejected, Resolution, StorageFull, Unavailable
 from engine.model import DropRecord, Instant
 from persistence import ledger as ledger_module
@@ -395,6 +396,23 @@ async def test_a_commit_waits_for_a_rival_and_then_misses(subject: PostgresSubje
         await until_waiting(session, writer_pid(subject.ledger))
     assert hits == [frozenset()]
     assert await events_of(subject, scribe) == 1
+
+
+async def test_a_locked_drop_is_refused_before_it_counts_as_a_stall_of_all(
+    database: str, session: TrioConnection
+) -> None:
+    assert ledger_module.LedgerOptions().commit_lock_timeout_s < load({}, None).commit_stall_ms / 1000
+    locked, other = Scribe(), Scribe()
+    async with open_ledger(database, replace(TEST_OPTIONS, commit_lock_timeout_s=0.05)) as ledger:
+        await ledger.commit([locked.birth(), other.birth()])
+        locked.reserves(user())
+        other.reserves(user())
+        async with session.transaction():
+            await session.execute("SELECT 1 FROM drops WHERE id = %s FOR UPDATE", (locked.drop_id,))
+            with pytest.raises(Rejected, match="55P03"):
+                await ledger.commit([locked.change()])
+            assert await ledger.commit([other.change()]) == {other.drop_id}
+        assert ledger.statistics().connections == 1
 
 
 async def test_a_commit_under_way_is_not_cancelled_with_its_caller(
