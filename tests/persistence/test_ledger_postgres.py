@@ -565,6 +565,14 @@ async def test_what_is_flushed_is_the_sessions_own_setting_and_no_reload_changes
     assert await (await writer.execute(asked)).fetchone() == ("session",)
 
 
+async def test_a_server_notices_that_the_machine_of_an_engine_is_gone(database: str, server: EmbeddedServer) -> None:
+    over_tcp = psycopg.conninfo.make_conninfo(database, host="127.0.0.1", port=server.port)
+    async with await startup.EngineLock(over_tcp, connect_timeout_s=5)._connect() as lock:
+        asked = "SELECT setting FROM pg_settings WHERE name LIKE 'tcp_keepalives_%' ORDER BY name"
+        cursor = await lock.execute(asked)
+        assert await cursor.fetchall() == [("5",), ("5",), ("1",)]  # count, idle, interval
+
+
 async def test_an_engine_may_start_as_soon_as_another_has_stopped(database: str) -> None:
     for _ in range(2):
         async with open_ledger(database, TEST_OPTIONS) as ledger:
