@@ -13,6 +13,7 @@ import gc
 import math
 import random
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeVar
@@ -56,6 +57,7 @@ PRUNE_S = 3600.0  # between two clean-outs of old idempotency keys
 WATCH_S = 0.2  # between two looks at the embedded server's process
 MS_PER_HOUR = 3_600_000
 GC_THRESHOLDS = (50_000, 20, 10)
+CLOCK_LOOK_S = 60.0  # between two looks at how far the engine's clock is from the machine's
 TRIM_S = 60.0  # between two times that memory which nobody uses goes back to the system
 
 OPERATOR_ERRORS = (PortTaken, CertificateUnusable, StartRefused, EmbeddedServerError, schema.SchemaOutdated)
@@ -106,6 +108,7 @@ async def _serve(settings: Settings) -> int:
                 # (tests/contract/test_leaving).
                 gc.set_threshold(*GC_THRESHOLDS)
                 nursery.start_soon(trim)
+                nursery.start_soon(watch_clock, service.registry.clock)
                 gate.service = service
                 log.info("ready", drops=service.registry.statistics().drops)
                 await stop.wait()
@@ -113,6 +116,19 @@ async def _serve(settings: Settings) -> int:
         nursery.cancel_scope.cancel()
     log.info("stopped")
     return 0
+
+
+async def watch_clock(clock: Clock, wall: Callable[[], float] = time.time) -> None:
+    """Say it where the engine's clock is not the machine's, now and then, for ever.
+
+    It follows no step of the machine's clock, and starts no earlier than what it decided last: after a start with a
+    clock that was wrong it stays ahead, so drops go on sale too early by as much. Holds last their time all the same.
+    """
+    while True:
+        ahead_s = clock.ahead_s(wall)
+        if abs(ahead_s) > CLOCK_SKEW_MAX_S:
+            log.error("clock_off", ahead_s=round(ahead_s, 3))
+        await trio.sleep(CLOCK_LOOK_S)
 
 
 async def trim() -> None:

@@ -4,10 +4,14 @@ import os
 import platform
 
 import pytest
+import structlog
+import structlog.testing
 import trio
 from trio.testing import MockClock
 
-from api.serve import TRIM_S, trim
+from api.serve import CLOCK_LOOK_S, TRIM_S, trim, watch_clock
+from engine.clock import Clock
+from persistence.startup import CLOCK_SKEW_MAX_S
 from tests.bench import usage
 
 PIECES = 100_000
@@ -27,3 +31,24 @@ async def test_memory_that_nobody_uses_goes_back_to_the_system(autojump_clock: M
     assert after is not None
     assert before - after > PIECES * PIECE_BYTES / 2
     assert len(last) == PIECE_BYTES
+
+
+@pytest.mark.parametrize("step_s", [3_600.0, -3_600.0])
+async def test_a_clock_that_is_not_the_machines_is_told_of(autojump_clock: MockClock, step_s: float) -> None:
+    stepped_s = 0.0
+
+    def wall() -> float:
+        return trio.current_time() + stepped_s
+
+    with structlog.testing.capture_logs() as lines, trio.move_on_after(2.5 * CLOCK_LOOK_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_clock, Clock(wall=wall), wall)
+            await trio.sleep(0.5 * CLOCK_LOOK_S)
+            stepped_s = 0.9 * CLOCK_SKEW_MAX_S
+            await trio.sleep(CLOCK_LOOK_S)
+            assert not lines
+            stepped_s = step_s
+            await trio.sleep(CLOCK_LOOK_S)
+    ((event, ahead_s),) = [(line["event"], line["ahead_s"]) for line in lines]
+    assert event == "clock_off"
+    assert ahead_s == pytest.approx(-step_s, abs=0.002)
