@@ -334,7 +334,7 @@ class DropActor:
                 self.committed.apply(event)
             self._tentative.land(part.events)
             self._publish(self.drop_id, part.events)
-        except AssertionError as bug:
+        except Exception as bug:  # noqa: BLE001 - whatever it is, it is this drop's
             self.break_down(bug)
 
     def fail(self, part: Part, code: FaultCode) -> None:

@@ -47,7 +47,9 @@ Values = Sequence[Any]  # of one column; None is NULL
 
 
 class Unencodable(ValueError):
-    """A value that its column can't hold: an integer too large, an id that is no UUID, text that is no UTF-8."""
+    """A value that its column can't hold: an integer too large, an id that is no UUID, text that is no UTF-8. Or a
+    change that contradicts itself: that is for its drop to pay, when it is tried alone.
+    """
 
 
 def encode(batch: Batch) -> tuple[bytes, Parameters]:
@@ -61,7 +63,7 @@ def encode(batch: Batch) -> tuple[bytes, Parameters]:
     try:
         name, written = (b"reserve", _reserves(batch, events)) if _are_reserves(events) else _any(batch)
         return name, [*written, *_of_rows(receipts, RECEIPT_COLUMNS)]
-    except (struct.error, OverflowError, ValueError) as error:
+    except (struct.error, OverflowError, ValueError, AssertionError) as error:
         raise Unencodable(str(error)) from error
 
 

@@ -114,6 +114,7 @@ class Stage:
         self.answers: list[Answer] = []
         self.published: list[tuple[DropId, Event]] = []
         self.replaced_drops: list[DropId] = []
+        self.publisher = publisher
         publisher.subscribe(self)
 
     def committed(self, drop_id: DropId, event: Event) -> None:

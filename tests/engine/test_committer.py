@@ -442,6 +442,32 @@ async def test_the_drop_with_the_poison_pays_and_the_others_go_on(autojump_clock
         assert on.registry.statistics().restarts == 1
 
 
+async def test_a_drop_that_nobody_can_be_told_of_is_loaded_anew_and_the_others_go_on(
+    autojump_clock: MockClock,
+) -> None:
+    class Picky:
+        def committed(self, drop_id: DropId, event: Event) -> None:
+            if (drop_id, event.seq) == (DROP, 2):
+                raise KeyError(drop_id)
+
+        def replaced(self, drop_id: DropId) -> None:
+            pass
+
+    async with stage() as on:
+        await on.make_drop()
+        await on.make_drop(2, OTHER)
+        on.publisher.subscribe(Picky())
+        poisoned, other = on.ask(reserve(ANN)), on.ask(reserve(ANN, "r2"), OTHER)
+        await trio.sleep(1)
+        assert isinstance(poisoned.outcome, Reserved)  # it is committed
+        assert isinstance(other.outcome, Reserved)
+        assert on.registry.statistics().restarts == 1
+        assert on.counts() == (1, 1, 0)
+        again = on.ask(reserve(UserId("another"), "r3"))
+        await trio.sleep(1)
+        assert isinstance(again.outcome, Reserved)
+
+
 async def test_a_drop_that_stays_poisoned_is_tried_ever_more_rarely_and_stops_nobody(autojump_clock: MockClock) -> None:
     ledger = PickyLedger()
     async with stage(ledger) as on:

@@ -208,6 +208,17 @@ async def test_what_no_column_can_hold_is_rejected_before_it_is_sent(subject: Po
     assert subject.ledger.statistics().connections == 1
 
 
+@pytest.mark.parametrize("is_reserve", [True, False], ids=["reserves alone", "others"])
+def test_a_change_that_contradicts_itself_is_rejected_and_stops_nobody_else(*, is_reserve: bool) -> None:
+    scribe = Scribe()
+    hold = scribe.reserves(user())
+    if not is_reserve:
+        scribe.purchases(hold)
+    change = scribe.change()
+    with pytest.raises(Unencodable):
+        encode([msgspec.structs.replace(change, from_seq=change.from_seq + 1)])
+
+
 def test_an_id_of_another_length_is_no_uuid() -> None:
     with pytest.raises(Unencodable, match="no UUID"):
         encode([Scribe().change(receipt(UserId("00"), "k"))])
