@@ -10,8 +10,9 @@ purchases' latencies it counts as longer than any.
 
 Memory grows with neither time nor requests, so the slope of what is resident is held against its level. It is the
 median of the slopes between all pairs of points (Theil and Sen): a garbage collection or an allocator that takes an
-arena moves a least-squares line, and not this one. Pages come and go by the hundred; less than `NOISE_BYTES` in all
-says nothing, however short the time.
+arena moves a least-squares line, and not this one. It does not see one great step either, nor what begins to grow near
+the end: so the last quarter is held against the first, too, by their medians. Pages come and go by the hundred; less
+than `NOISE_BYTES` in all says nothing, however short the time.
 """
 
 import statistics
@@ -83,6 +84,13 @@ def grown(points: Sequence[tuple[float, float]]) -> float:
     return slope(points) * (points[-1][0] - points[0][0]) if points else 0.0
 
 
+def risen(points: Sequence[tuple[float, float]]) -> float:
+    """By how much more there is in the last quarter of the points than in the first: medians."""
+    quarter = max(1, len(points) // 4)
+    first, last = points[:quarter], points[-quarter:]
+    return statistics.median(value for _, value in last) - statistics.median(value for _, value in first)
+
+
 def percentile_ms(buckets: Mapping[int, int], share: float, beyond: int = 0) -> float:
     """Of latencies in buckets of people; `beyond` more are longer than any. Infinite if it is one of those."""
     total = sum(buckets.values()) + beyond
@@ -99,7 +107,11 @@ def percentile_ms(buckets: Mapping[int, int], share: float, beyond: int = 0) -> 
 
 def changes_per_s(seen: Seen) -> float:
     """Goodput."""
-    return sum(seen.in_time.get(name, 0) for name in CHANGES) / seen.seconds
+    return _changes(seen.in_time) / seen.seconds
+
+
+def _changes(in_time: Mapping[str, int]) -> int:
+    return sum(in_time.get(name, 0) for name in CHANGES)
 
 
 def decided_per_s(seen: Seen) -> float:
@@ -218,6 +230,31 @@ def _is_quiet(sample: Sample) -> bool:
 # --- soak --------------------------------------------------------------------------------------------
 
 
+def of_service(seen: Seen, meant_per_s: float) -> list[Verdict]:
+    """That the hour was served, all of it: a server that turns everybody away after a while keeps little memory.
+
+    `meant_per_s`: changes that the load comes to, were each of them made.
+    """
+    quarter = max(1, len(seen.course) // 4)
+    parts = [seen.course[at : at + quarter] for at in range(0, quarter * 4, quarter)]
+    quarters = [sum(_changes(second.in_time) for second in part) / quarter for part in parts]
+    p99_ms = purchase_p99_ms(seen)
+    return [
+        Verdict(
+            "changes in each quarter of the soak",
+            f"≥ {GOODPUT_LEAST:.0%} of the {meant_per_s:,.0f}/s that the load comes to",
+            ", ".join(f"{each:,.0f}" for each in quarters) + "/s",
+            meant_per_s > 0 and min(quarters) >= GOODPUT_LEAST * meant_per_s,
+        ),
+        Verdict(
+            "purchases of the soak, p99",
+            f"≤ {PURCHASE_P99_MS:g} ms, those that were lost included",
+            f"{p99_ms:,.1f} ms; {purchases_lost(seen):,} lost of {_asked('purchase', seen):,}",
+            p99_ms <= PURCHASE_P99_MS and _asked("purchase", seen) > 0,
+        ),
+    ]
+
+
 def of_soak(samples: Sequence[Sample]) -> list[Verdict]:
     """Of samples under a steady load, the warm-up left out."""
     return [
@@ -253,13 +290,15 @@ def _flat(name: str, samples: Sequence[Sample], share: float, *, over_s: float |
     if len(points) < 2:
         return Verdict(name, "to be seen", "too few samples", False)
     level, rise, seconds = statistics.median(value for _, value in points), grown(points), points[-1][0] - points[0][0]
+    step = risen(points)
     allowed = max(level * share * (1.0 if over_s is None else seconds / over_s), NOISE_BYTES)
     per = "" if over_s is None else " an hour"
     promised = f"≤ {share:.0%}{per}, or {NOISE_BYTES / 2**20:g} MiB in all"
     seen = f"{rise / 2**20:+,.2f} MiB in {seconds:,.0f} s at {level / 2**20:,.1f} MiB"
     if over_s is not None:
         seen += f": {rise / seconds * over_s / level:+.2%} an hour"
-    return Verdict(name, promised, seen, level > 0 and rise <= allowed)
+    seen += f"; {step / 2**20:+,.2f} MiB from the first quarter to the last"
+    return Verdict(name, promised, seen, level > 0 and max(rise, step) <= allowed)
 
 
 def _blocks(samples: Sequence[Sample]) -> Verdict:
@@ -272,8 +311,8 @@ def _blocks(samples: Sequence[Sample]) -> Verdict:
     return Verdict(
         "blocks of Python's memory",
         f"≤ {SLOPE_MAX:.0%} an hour, or {NOISE_BLOCKS:,} in less than {SHORT_S / 60:.0f} min",
-        f"{rise:+,.0f} in {seconds:,.0f} s at {level:,.0f}",
-        rise <= allowed,
+        f"{rise:+,.0f} in {seconds:,.0f} s at {level:,.0f}; {risen(points):+,.0f} from the first quarter to the last",
+        max(rise, risen(points)) <= allowed,
     )
 
 

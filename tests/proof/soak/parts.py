@@ -119,6 +119,7 @@ def soak(stage: Stage, peak: Peak) -> Part:
     missed = sum(sample.statistics is None for sample in samples) + stage.sampler.visitors.turned_out
     verdicts = [
         *judgement.of_soak(samples),
+        *judgement.of_service(seen, SOAK_SHARE * peak.changes_per_s),
         *judgement.of_crowd("soak", seen, rate),
         Verdict(
             "the server's figures, and its visitors", "always told, and let in", f"{missed} times not", missed == 0

@@ -8,7 +8,7 @@ import pytest
 
 from tests.proof.soak import judgement
 from tests.proof.soak.judgement import NOISE_BYTES, Verdict
-from tests.proof.soak.people import Seen
+from tests.proof.soak.people import Second, Seen
 from tests.proof.soak.probe import Touch
 from tests.proof.soak.sampling import Sample
 from tests.proof.soak.server import Statistics
@@ -97,6 +97,12 @@ def test_a_short_time_judges_no_less_than_an_arena() -> None:
 
 def test_memory_that_falls_holds() -> None:
     assert not broken(judgement.of_soak(course(HOUR, lambda at: sample(at, LEVEL - at * 1_000))))
+
+
+@pytest.mark.parametrize(("begin_s", "end_s"), [(1_800, 1_801), (2_800, HOUR)], ids=["a step", "near the end"])
+def test_memory_that_grows_within_a_part_of_the_hour_is_seen(begin_s: int, end_s: int) -> None:
+    growing = course(HOUR, lambda at: sample(at, LEVEL * (1 + min(max(0, at - begin_s) / (end_s - begin_s), 1))))
+    assert broken(judgement.of_soak(growing)) == {"memory of the soak"}
 
 
 def test_objects_that_fit_into_freed_pages_are_seen_all_the_same() -> None:
@@ -191,6 +197,28 @@ def test_memory_that_grows_under_overload_is_seen() -> None:
 )
 def test_a_load_that_was_not_what_it_should_be_proves_nothing(more: dict[str, object], name: str) -> None:
     assert broken(judgement.of_overload(seen(**more), 1_100, 500, flat_samples())) == {name}
+
+
+# --- an hour's service -------------------------------------------------------------------------------
+
+
+def served(changes: Callable[[int], int], **more: object) -> Seen:
+    return seen(course=[Second(at, in_time={"reserve 201": changes(at)}) for at in range(40)], **more)
+
+
+@pytest.mark.parametrize(("least", "holds"), [(320, True), (319, False)])
+def test_each_quarter_of_a_soak_is_served(least: int, holds: bool) -> None:
+    verdicts = judgement.of_service(served(lambda at: least if at >= 30 else 500), 400)
+    assert broken(verdicts) == (set() if holds else {"changes in each quarter of the soak"})
+
+
+def test_purchases_of_a_soak_have_a_quarter_of_a_second_too() -> None:
+    verdicts = judgement.of_service(served(lambda at: 400, gave_up={"purchase": 20}), 400)
+    assert broken(verdicts) == {"purchases of the soak, p99"}
+
+
+def test_a_soak_of_which_nothing_was_seen_is_no_proof() -> None:
+    assert len(broken(judgement.of_service(seen(latencies={}, answers={}), 400))) == 2
 
 
 # --- recovery ----------------------------------------------------------------------------------------
