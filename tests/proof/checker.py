@@ -3,7 +3,7 @@
 It knows `tests.proof.history` and nothing of the product. `check` groups the history by drop, replays each drop's log
 on a model of its own (`model`), finds whose work each change is (`effects`), holds every answer to the state at which
 it says it was true (`answers`), the log's order to real time (`order`), and what viewers saw to the log
-(`deliveries`). One pass of each, and sorts: 400,000 operations take seconds.
+(`deliveries`), the engine's clock to real time (`clock`). One pass of each, and sorts: 400,000 operations take seconds.
 
 Where each invariant is decided:
 
@@ -28,7 +28,7 @@ Where each invariant is decided:
     I17  bounded resources       not here: test_soak and the benchmark look at a running engine
     I18  liveness                not here: an answer that never came is unknown, which is honest; simulation and fault
                                  tests measure it
-    I19  clock                   model: instants never fall, a hold lasts its TTL exactly
+    I19  clock                   model: instants never fall, a hold lasts its TTL exactly; clock: and pass as real time
     I20  secrecy                 not here: contract tests; but nobody is told that another user's change is his own
 
 A `refused` write left nothing: that needs no rule of its own, since what it left would be a phantom.
@@ -47,7 +47,8 @@ from tests.proof.answers import (
     check_show,
     last_without,
 )
-from tests.proof.deliveries import check_deliveries
+from tests.proof.clock import Dated, check_clock
+from tests.proof.deliveries import HaveAll, check_deliveries
 from tests.proof.effects import Keys, Told, explain, explain_births
 from tests.proof.history import (
     Delivery,
@@ -78,20 +79,23 @@ def check(
     *,
     may_read_stale: bool = False,
     may_conflate: bool = True,
-    viewers_have_all: bool = False,
+    viewers_have_all: bool | HaveAll = False,
+    clock_slack_ms: int | None = None,
 ) -> list[Violation]:
     """Everything in the recording that must not be, in the order in which it was found; [] where all holds.
 
     `may_read_stale`: there were several engines. One that was superseded does not know it before it commits; until then
     it refuses and shows what was true when it was, and that alone is forgiven.
     `may_conflate`: of changes of stock that follow each other, viewers hear at least the newest; False: each one.
-    `viewers_have_all`: the feeds had time to tell all before they were recorded.
+    `viewers_have_all`: the feeds had time to tell all before they were recorded; or whom, and how much.
+    `clock_slack_ms`: by how much the engine's clock may differ from real time, more at one time than at another; None:
+    somebody set it meanwhile, or the instants are not of one clock.
     """
     was_enabled = gc.isenabled()
     # Millions of tuples and no cycle: the collector would look at them over and over, for a fourth of the time.
     gc.disable()
     try:
-        found = _found(recording, may_read_stale, may_conflate, viewers_have_all)
+        found = _found(recording, may_read_stale, may_conflate, viewers_have_all, clock_slack_ms)
     finally:
         if was_enabled:
             gc.enable()
@@ -105,7 +109,13 @@ def described(violations: list[Violation]) -> str:
     return "\n\n".join([*map(str, violations), f"{count} violations{' or more' if count == FOUND_MAX else ''}"])
 
 
-def _found(recording: Recording, may_read_stale: bool, may_conflate: bool, viewers_have_all: bool) -> Findings:
+def _found(
+    recording: Recording,
+    may_read_stale: bool,
+    may_conflate: bool,
+    viewers_have_all: bool | HaveAll,
+    clock_slack_ms: int | None,
+) -> Findings:
     found = Findings()
     tables = recording.tables
     keys = Keys(recording.operations, tables.keys, recording.given, found)
@@ -119,6 +129,8 @@ def _found(recording: Recording, may_read_stale: bool, may_conflate: bool, viewe
         made += [births[drop_id]] if drop_id in births else []
         check_order(model, made, case.reads, case.sights, may_read_stale, found)
         compare(model, reservations.get(drop_id, []), purchases.get(drop_id, []), told.reserved, found)
+    if clock_slack_ms is not None:
+        check_clock((dated for case in cases.values() for dated in case.dated), clock_slack_ms, found)
     check_deliveries(
         recording.deliveries,
         {drop_id: case.model for drop_id, case in cases.items()},
@@ -133,7 +145,7 @@ def _found(recording: Recording, may_read_stale: bool, may_conflate: bool, viewe
 class _Case:
     """A drop, and what the history says of it; also what `explain_births` needs."""
 
-    __slots__ = ("model", "open", "reads", "sights", "told")
+    __slots__ = ("dated", "model", "open", "reads", "sights", "told")
 
     def __init__(self, model: DropModel, told: Told) -> None:
         self.model = model
@@ -141,6 +153,7 @@ class _Case:
         self.open: list[Operation] = []  # operations whose outcome is unknown
         self.reads: list[Read] = []
         self.sights: list[Sight] = []
+        self.dated: list[Dated] = []
 
 
 def _cases(recording: Recording, keys: Keys, found: Findings) -> dict[str, _Case]:
@@ -180,6 +193,9 @@ def _hear(case: _Case, operations: list[Operation], keys: Keys, found: Findings)
                 found.add("I13", f"{operation.code} is no refusal of {kind}", drop_id, operation)
         elif ending == OK and kind not in READS:
             seq = check_change(operation, model, found) if told.take(operation, found) else None
+            event = None if seq is None else model.events[seq]
+            if event is not None and (operation.key is None or len(keys.of(operation).attempts) == 1):
+                case.dated.append((operation, event.at))
         elif seq is not None:
             if ending == REFUSED:
                 check_refusal(operation, seq, model, found)

@@ -29,6 +29,10 @@ TELLS: Final[Mapping[str, Collection[str]]] = {
 TELLS_STOCK: Final = frozenset({"STOCK_UPDATED", "RESERVED", "CANCELLED", "EXPIRED"})
 
 
+HaveAll = Mapping[tuple[int, str], int]
+"""Viewers and drops, and a `seq`: all up to that they had time to hear, while they watched."""
+
+
 class Position(msgspec.Struct):
     """Where a viewer is: the `seq` of its last message, what it was told at it, and the newest stock that it knows."""
 
@@ -57,9 +61,11 @@ def check_deliveries(
     *,
     may_conflate: bool,
     may_read_stale: bool,
-    have_all: bool,
+    have_all: bool | HaveAll,
 ) -> None:
-    """`have_all`: in the end every viewer knows all of the drops that it was shown anything of."""
+    """`have_all`: in the end each of these knows all up to there; True: every viewer knows all of the drops that it was
+    shown anything of.
+    """
     positions: dict[tuple[int, str], Position] = {}
     passed: dict[str, Passed] = {}
     for delivery in deliveries:
@@ -105,26 +111,22 @@ def check_deliveries(
                 _report(found, delivery, f"a gap without a snapshot: seq {seq} after seq {last}")
             position.seq, position.types, position.is_snapshot = seq, [delivery.type], False
         position.stock_seq = max(position.stock_seq, stock_seq)
-    if have_all:
-        _check_end(positions, models, passed, found)
+    if have_all is True:
+        have_all = {where: models[where[1]].seq for where in positions}
+    for where, seq in (have_all or {}).items():
+        _check_end(where, seq, positions[where], passed[where[1]], found)
 
 
-def _check_end(
-    positions: Mapping[tuple[int, str], Position],
-    models: Mapping[str, DropModel],
-    passed: Mapping[str, Passed],
-    found: Findings,
-) -> None:
-    for (viewer, drop_id), position in positions.items():
-        skipped, model = passed[drop_id], models[drop_id]
-        if skipped.told[-1] > skipped.told[position.seq]:
-            sentence = f"viewer {viewer} was last told of seq {position.seq}, the drop is at {model.seq}"
-            found.add("I11", sentence, drop_id, seq=position.seq)
-        elif skipped.stock[-1] > position.stock_seq:
-            sentence = (
-                f"viewer {viewer} last heard the stock of seq {position.stock_seq}, it changed at {skipped.stock[-1]}"
-            )
-            found.add("I11", sentence, drop_id, seq=skipped.stock[-1])
+def _check_end(where: tuple[int, str], seq: int, position: Position, skipped: Passed, found: Findings) -> None:
+    viewer, drop_id = where
+    if skipped.told[seq] > skipped.told[position.seq]:
+        sentence = f"viewer {viewer} was last told of seq {position.seq}, the drop is at {seq}"
+        found.add("I11", sentence, drop_id, seq=position.seq)
+    elif skipped.stock[seq] > position.stock_seq:
+        sentence = (
+            f"viewer {viewer} last heard the stock of seq {position.stock_seq}, it changed at {skipped.stock[seq]}"
+        )
+        found.add("I11", sentence, drop_id, seq=skipped.stock[seq])
 
 
 def _report(found: Findings, delivery: Delivery, sentence: str) -> None:

@@ -70,6 +70,8 @@ class DropRow(msgspec.Struct, gc=False):
     status: str
     epoch: int
     seq: int
+    starts_at: int | None = None  # ms since 1970
+    ends_at: int | None = None
 
 
 class ReservationRow(msgspec.Struct, gc=False):

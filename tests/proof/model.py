@@ -21,6 +21,8 @@ CONSUMED: Final = "consumed"
 EXPIRED: Final = "expired"
 CANCELLED: Final = "cancelled"
 LIVE: Final = "live"
+SCHEDULED: Final = "scheduled"
+ENDED: Final = "ended"
 
 # Numbers beyond the count of events that are still taken for a gap; a larger one is reported and left aside.
 GAP_MAX: Final = 1_000
@@ -34,6 +36,7 @@ STATUSES: Final = {
     "ended": set[str](),
     "cancelled": set[str](),
 }
+CLIENTS: Final = ("RESERVED", "PURCHASED", "CANCELLED")  # what they do
 ENDS: Final = {"PURCHASED": CONSUMED, "CANCELLED": CANCELLED, "EXPIRED": EXPIRED}
 
 UserLog = tuple[list[int], list[str], list[str]]
@@ -126,6 +129,8 @@ class _Replay:
             if event.at < at:
                 self.report("I19", f"time runs back from {at} to {event.at}", event)
             epoch, at = max(epoch, event.epoch), max(at, event.at)
+            if kind in CLIENTS or kind == "EXPIRED":
+                self.check_clock(event)
             if kind == "RESERVED":
                 reserve(event)
             elif kind in ENDS:
@@ -236,7 +241,23 @@ class _Replay:
             self.report("I12", "nobody knows such an event", event)
         elif status not in STATUSES.get(self.status, ()):
             self.report("I12", f"{self.status or 'unborn'} cannot become {status}", event)
+        elif (self.status, status) == (SCHEDULED, LIVE) or status == ENDED:
+            # By its own clock: nobody asks for that.
+            row = self.model.row
+            due = None if row is None else row.starts_at if status == LIVE else row.ends_at
+            if row is not None and (due is None or event.at < due):
+                self.report("I4", f"{status} at {event.at}, by its clock at {due}", event)
         self.status = status
+
+    def check_clock(self, event: EventRow) -> None:
+        """The drop's own clock moves it before anything else happens to it; before a hold that runs out with it."""
+        row = self.model.row
+        if row is None or self.status not in (SCHEDULED, LIVE):
+            return
+        due = row.starts_at if self.status == SCHEDULED else row.ends_at
+        latest = (event.expires_at or 0) if event.type == "EXPIRED" else event.at
+        if due is not None and due <= latest:
+            self.report("I12", f"the drop is {self.status} still, by its clock until {due}", event)
 
     def check_settled(self, event: EventRow) -> None:
         """What had run out by an event's instant was settled before it, in the order of deadlines.

@@ -217,7 +217,10 @@ def _ms(column: str) -> str:
     return f"(extract(epoch FROM {column}) * 1000)::bigint"
 
 
-_DROPS: Final = "SELECT id::text, total_stock, available_stock, held_count, sold_count, status, epoch, seq FROM drops"
+_DROPS: Final = (
+    "SELECT id::text, total_stock, available_stock, held_count, sold_count, status, epoch, seq,"
+    f" {_ms('starts_at')}, {_ms('ends_at')} FROM drops"
+)
 _RESERVATIONS: Final = (
     f"SELECT id::text, drop_id::text, user_id::text, qty, status, {_ms('created_at')}, {_ms('expires_at')},"
     f" {_ms('resolved_at')}, seq FROM reservations"

@@ -213,6 +213,8 @@ class Shop:
             self.note(stall, "EXPIRED", at, hold)
         # Opens for certain, and rests now and then.
         if row.status != "live" and self.rng.random() < 0.2:
+            if row.status == "scheduled":
+                row.starts_at = now
             row.status = "live"
             self.note(stall, "DROP_UPDATED", at, status="live")
         elif row.status == "live" and self.rng.random() < 0.01:

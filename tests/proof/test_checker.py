@@ -217,12 +217,13 @@ class Lie(NamedTuple):
     tell: Callable[[Forger], None]
     viewers_have_all: bool = False
     may_conflate: bool = True
+    clock_slack_ms: int | None = None
 
 
 LIES: Final[dict[str, Lie]] = {}
 
 
-def lie(invariant: str, *also: str, **options: bool) -> Callable[[Callable[[Forger], None]], Callable[[Forger], None]]:
+def lie(invariant: str, *also: str, **options: Any) -> Callable[[Callable[[Forger], None]], Callable[[Forger], None]]:
     """`also`: what this lie breaks besides, since one thing follows from the other."""
 
     def planted(tell: Callable[[Forger], None]) -> Callable[[Forger], None]:
@@ -469,6 +470,32 @@ def a_drop_goes_from_live_to_draft(forger: Forger) -> None:
     row, at = forger.stall()
     row.status = "draft"
     forger.note(row, "DROP_UPDATED", at, status="draft")
+
+
+@lie("I4")
+def a_drop_opens_before_its_time(forger: Forger) -> None:
+    row: DropRow = forger.one([row for row in forger.tables.drops if row.starts_at is not None])
+    row.starts_at = (row.starts_at or 0) + 1
+
+
+@lie("I4")
+def a_drop_ends_that_has_no_end(forger: Forger) -> None:
+    row, at = forger.stall()
+    row.status = "ended"
+    forger.note(row, "DROP_UPDATED", at, status="ended")
+
+
+@lie("I19", clock_slack_ms=0)
+def a_clock_stands_still(forger: Forger) -> None:
+    """It decides at the instant of the last event, which is long past."""
+    forger.reserve(*forger.stall())
+
+
+@lie("I12")
+def a_drop_sells_past_its_end(forger: Forger) -> None:
+    row, at = forger.stall()
+    forger.reserve(row, at)
+    row.ends_at = at
 
 
 @lie("I12")
@@ -1117,7 +1144,7 @@ def a_viewer_never_hears_that_the_drop_rests(forger: Forger) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_true_history_has_no_violation(seed: int) -> None:
-    violations = check(_shop(seed).run(), viewers_have_all=True)
+    violations = check(_shop(seed).run(), viewers_have_all=True, clock_slack_ms=0)
     assert not violations, described(violations)
 
 
@@ -1148,8 +1175,12 @@ def test_a_lie_is_caught_and_named(name: str) -> None:
             planted.tell(forger)
         except NoRoom:
             continue
-        options = {"viewers_have_all": planted.viewers_have_all, "may_conflate": planted.may_conflate}
-        violations = check(forger.recording, **options)
+        violations = check(
+            forger.recording,
+            viewers_have_all=planted.viewers_have_all,
+            may_conflate=planted.may_conflate,
+            clock_slack_ms=planted.clock_slack_ms,
+        )
         named = {violation.invariant for violation in violations}
         assert planted.invariant in named, f"seed {seed}: {described(violations)}"
         assert named <= planted.also, f"seed {seed}: {described(violations)}"

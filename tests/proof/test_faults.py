@@ -129,7 +129,7 @@ async def test_loss_and_phantom_that_are_planted_are_found(postgres: Postgres, t
 
         def broken() -> set[str]:
             tally = Tally()
-            judge(found, tally, is_contested=False)
+            judge(found, tally, is_contested=False, is_clock_true=False)
             return {violation.split(":")[0] for violation in tally.violations}
 
         assert broken() == set()

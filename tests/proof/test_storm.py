@@ -57,7 +57,7 @@ async def test_storm_of_300_users_on_50_units_sells_each_unit_once_and_refuses_h
     recording = recorder.recording(
         recorder.operations_of(history.exchanges), database, ttl_ms=TTL_S * 1000, given={drop_id: 1}
     )
-    assert [str(violation) for violation in checker.check(recording)] == []
+    assert [str(violation) for violation in checker.check(recording, clock_slack_ms=100)] == []
     sold = len(history.of("purchase", 201))
     assert 0 < sold <= UNITS
     assert await shop.available(drop_id) == UNITS - sold

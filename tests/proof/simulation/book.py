@@ -75,6 +75,8 @@ def tables_of(tables: fakes.Tables) -> history.Tables:
                 status=row.status.value,
                 epoch=row.epoch,
                 seq=row.seq,
+                starts_at=row.terms.starts_at,
+                ends_at=row.terms.ends_at,
             )
             for row in tables.drops.values()
         ],
