@@ -67,7 +67,7 @@ async def test_commits_that_take_long_happen_once_or_are_said_not_to_be_known(
         slow = partial(cut, Fault.DELAYED, delay_s=SLOW_S)
         troubles = [
             *[Trouble(Sort.DATABASE, "freeze_backend", freeze_backend)] * 3,
-            *[Trouble(Sort.CUT, Fault.DELAYED.name, slow)] * 4,
+            *[Trouble(Sort.DELAY, Fault.DELAYED.name, slow)] * 4,
         ]
         judge(await campaign(found, troubles, seed=seed))
 

@@ -20,6 +20,7 @@ class Sort(StrEnum):
 
     DATABASE = "database"
     CUT = "cut"
+    DELAY = "delay"  # of a COMMIT that passes all the same
     ENGINE = "engine"
     CLOCK = "clock"
 

@@ -70,8 +70,8 @@ OURS: Final = "datname = current_database() AND pid <> pg_backend_pid() AND back
 
 async def terminate(world: World) -> None:
     """The writer's session is ended by an operator."""
-    where = f"{OURS} AND application_name = 'holdfast writer'"
-    await world.query(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {where}")
+    for pid in await _writers(world):
+        await world.query("SELECT pg_terminate_backend(%s)", pid)
 
 
 async def terminate_all(world: World) -> None:
@@ -120,8 +120,13 @@ async def kill_postmaster(world: World) -> None:
 
 
 async def _writers(world: World) -> list[int]:
+    """The writers' sessions; there is at least one, or there will be soon."""
     where = f"{OURS} AND application_name = 'holdfast writer'"
-    return [int(str(pid)) for (pid,) in await world.query(f"SELECT pid FROM pg_stat_activity WHERE {where}")]
+    with trio.move_on_after(STRUCK_S):
+        while not (found := await world.query(f"SELECT pid FROM pg_stat_activity WHERE {where}")):
+            await trio.sleep(0.02)
+        return [int(str(pid)) for (pid,) in found]
+    raise NotServed(f"no writer has a session within {STRUCK_S} s")
 
 
 async def _freeze(world: World, pids: Sequence[int], seconds: float) -> None:
@@ -140,7 +145,7 @@ async def _freeze(world: World, pids: Sequence[int], seconds: float) -> None:
 
 
 async def cut(fault: Fault, world: World, delay_s: tuple[float, float] = DELAY_S) -> None:
-    """The next commit's connection breaks, as the proxy's `Fault` says; where that is late, so late."""
+    """What the proxy's `Fault` says befalls the next commit; where that is late, so late."""
     assert world.proxy is not None, "a cut needs a proxy"
     strike = world.proxy.strike(fault, delay_s=world.rng.uniform(*delay_s), share=world.rng.random())
     if not await trio.to_thread.run_sync(strike.struck.wait, STRUCK_S):
@@ -243,10 +248,9 @@ CUTS: Final[Mapping[Fault, int]] = {
     Fault.LATE_END: 6,
     Fault.SILENT_BEFORE: 3,
     Fault.SILENT_AFTER: 3,
-    Fault.FROZEN: 5,
-    Fault.DELAYED: 3,
-    Fault.SLICED: 1,
 }
+
+DELAYS: Final[Mapping[Fault, int]] = {Fault.FROZEN: 5, Fault.DELAYED: 3, Fault.SLICED: 1}
 
 ENGINE: Final[Mapping[Callable[[World], Awaitable[None]], int]] = {kill: 20, freeze: 4, stop: 3}
 
@@ -257,8 +261,14 @@ def database_troubles(count: int, rng: random.Random) -> list[Trouble]:
 
 
 def cuts(count: int, rng: random.Random) -> list[Trouble]:
-    troubles = [Trouble(Sort.CUT, fault.name, partial(cut, fault)) for fault in CUTS]
-    return drawn(troubles, list(CUTS.values()), count, rng)
+    """So many COMMITs cut, and others held up, in proportion."""
+    mixed: list[Trouble] = []
+    for sort, weights in ((Sort.CUT, CUTS), (Sort.DELAY, DELAYS)):
+        troubles = [Trouble(sort, fault.name, partial(cut, fault)) for fault in weights]
+        share = -(-count * sum(weights.values()) // sum(CUTS.values()))
+        mixed += drawn(troubles, list(weights.values()), share, rng)
+    rng.shuffle(mixed)
+    return mixed
 
 
 def engine_troubles(kills: int, rng: random.Random) -> list[Trouble]:

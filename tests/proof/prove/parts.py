@@ -212,10 +212,13 @@ class Simulation:
                 self._note_failing(result.seed, result.violations[0])
 
     def _compare(self, turn: Turn, done: Done) -> None:
-        """Two runs of a seed; of one that was convicted there is nothing to compare."""
+        """Two runs of a seed; of one that did not come to its end there is nothing to compare."""
         seed, digest = done.result.seed, self._digests.pop(done.result.seed)
+        if not digest or not done.result.digest:
+            self._judge(turn, done)
+            return
         turn.figures.simulated.replayed += 1
-        if digest and done.result.digest and digest != done.result.digest:
+        if digest != done.result.digest:
             told = f"two runs of it are two histories: {digest[:16]} and {done.result.digest[:16]}"
             turn.convict(Violation(SIMULATION, seed, told, replay_of(seed)))
             self._note_failing(seed, told)

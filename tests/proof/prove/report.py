@@ -19,8 +19,13 @@ TITLE: Final = "Holdfast, proved"
 SHORT: Final = 10  # characters of a commit
 MISSING_MAX: Final = 200  # cells that are named
 S_PER_HOUR: Final = 3_600
-ORDER: Final = ("database", "cut", "engine")  # sorts of real faults
-SORTS: Final = {"database": "of the database", "cut": "COMMIT cut", "engine": "of the engine"}
+ORDER: Final = ("database", "cut", "delay", "engine")  # sorts of real faults
+SORTS: Final = {
+    "database": "of the database",
+    "cut": "COMMIT cut",
+    "delay": "COMMIT held up",
+    "engine": "of the engine",
+}
 FUZZERS: Final = {"lane": "requests, mutated", "frames": "frames of viewers, mutated"}
 
 
