@@ -43,6 +43,8 @@ from engine.model import (
 from persistence.usernames import default_username
 
 FIRST_EPOCH = 1
+REJECTED = "the fake rejects"
+KEY_IS_USED = "a key is used once"
 
 
 class Trouble(Enum):
@@ -204,7 +206,7 @@ class MemoryLedger:
     def _meet(self, trouble: Trouble, batch: Batch) -> frozenset[DropId]:
         match trouble:
             case Trouble.REJECTED:
-                raise Rejected("the fake rejects")
+                raise Rejected(REJECTED)
             case Trouble.STORAGE_FULL:
                 raise StorageFull("the fake is full")
             case Trouble.LOST_AFTER_COMMIT:
@@ -340,7 +342,7 @@ class _Writing:
             assert event.seq == seq
             self._write_event(change, event)
         for receipt in change.receipts:
-            _require(_key(receipt) not in self._receipts, "a key is used once")
+            _require(_key(receipt) not in self._receipts, KEY_IS_USED)
             self._receipts[_key(receipt)] = (change.drop_id, receipt)
         return True
 

@@ -162,6 +162,7 @@ FLOCK: Final[Mapping[str, Canary]] = {
                 "test_a_purchase_at_the_deadline_is_refused_however_busy_the_ledger",
                 "assert 'DROP_RESTARTING' == 'RESERVATION_EXPIRED'",
             ),
+            Trap(SEEDS, "part_rejected never expired early, never ended late"),
         ),
     ),
     "timer_on_the_wall_clock": Canary(

@@ -202,12 +202,12 @@ class Clients:
             kind = Kind.SHOW  # nothing of it is due here
         elif kind is Kind.EXPIRE and drop_id == NOT_A_DROP:
             kind = Kind.SHOW
-        world.note(kind, drop_id, user)
         asked_for = reservation_id if kind is Kind.CANCEL else None
         operation = book.begin(kind, user, drop_id, key=key, reservation_id=asked_for)
         if life is None:
             book.not_sent(operation)
             return operation
+        world.note(kind, drop_id, user)
         patience_s = FOREVER_S
         if self._has(Habit.GIVE_UP) and chance.random() < 0.1:
             patience_s = chance.choice([0.0005, 0.01, 0.2])
@@ -233,13 +233,13 @@ class Clients:
         total_stock = chance.choice([0, 0, 1, 1, 2, 5, 40]) if total_stock is None else total_stock
         if self._scenario.is_ending:
             total_stock = min(total_stock, 2)
-        world.note(Kind.CREATE, NOT_A_DROP, user)
         key = self._new_key() if chance.random() < self._scenario.keyed else None
         operation = world.book.begin(Kind.CREATE, user, "", key=key, total_stock=total_stock)
         life = world.reach(NOT_A_DROP, chance)
         if life is None:
             world.book.not_sent(operation)
             return operation
+        world.note(Kind.CREATE, NOT_A_DROP, user)
         body = _new_drop(chance, life, total_stock, status, self._scenario, f"drop {operation.number}")
         request = Request(_headers(user, key) | {"content-type": "application/json"}, {}, {}, body, "")
         service = life.service

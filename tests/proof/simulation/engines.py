@@ -45,6 +45,8 @@ class Life:
         self.stop = trio.Event()
         self.ended = trio.Event()
         self.service: Service | None = None  # once it serves
+        self.has_served = False
+        self.is_cut_short = False  # it ended before all was answered
         self.is_draining = False
         self.answer_s = machine.settings.answer_timeout_ms / 1000
         self._calls: dict[Nap, None] = {}  # those who wait for an answer
@@ -65,6 +67,11 @@ class Life:
     @property
     def serves(self) -> bool:
         return self.service is not None and not self.mortal.is_dead
+
+    @property
+    def owed(self) -> int:
+        """Answers that somebody waits for, be it in vain: commands of the registry, and requests above them."""
+        return self.registry.statistics().in_flight + len(self._handlings)
 
     async def run(self) -> None:
         """Until `stop` is set, or it dies."""
@@ -108,12 +115,14 @@ class Life:
                 hub=hub,
                 started_at=trio.current_time(),
             )
+            self.has_served = True
             machine.came_up(self)
             await self.stop.wait()
             self.is_draining = True
             self.mortal.pass_by(Point.DRAIN)
-            with trio.move_on_after(DRAIN_S):
+            with trio.move_on_after(DRAIN_S) as draining:
                 await registry.drain()
+            self.is_cut_short = draining.cancelled_caught
             self.mortal.end()  # as for its clients: the connections close
             self._hang_up()
             nursery.cancel_scope.cancel()
@@ -222,6 +231,8 @@ class Watcher(Protocol):
 
     def went_down(self, life: Life, point: Point) -> None: ...
 
+    def object(self, sentence: str) -> None: ...
+
 
 class Machine:
     """Where an engine runs. `wall` is its wall clock (s)."""
@@ -253,8 +264,9 @@ class Machine:
                 self.doom = None
             try:
                 await life.run()
-            except* Unavailable:
-                pass
+            except* Unavailable as lost:
+                if life.has_served:
+                    self._watcher.object(f"I18: an engine that served ends without the database: {lost.exceptions!r}")
             life.mortal.spare()
             await sleep(self.chance.choice(RESTARTS_S))
 

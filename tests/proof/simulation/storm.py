@@ -31,6 +31,8 @@ class Storm:
         self.scenario = scenario
         self._trace = trace
         self.simulated_s = 0.0
+        self.viewers: list[Viewer] = []
+        self.heard: dict[tuple[int, str], int] = {}  # what viewers had time to hear: by viewer and drop, up to a `seq`
 
     async def run(self) -> World:
         world = self.world = World(self.scenario, self._trace)
@@ -72,8 +74,9 @@ class Storm:
             for fault in Fault:
                 if fault in scenario.faults:
                     blowing.start_soon(weather.blow, fault)
-            for number in range(scenario.viewers):
-                around.start_soon(Viewer(world, number).live)
+            self.viewers = [Viewer(world, number) for number in range(scenario.viewers)]
+            for viewer in self.viewers:
+                around.start_soon(viewer.live)
             async with trio.open_nursery() as asking:
                 clients = Clients(world, asking)
                 for number in range(scenario.clients):
@@ -106,8 +109,22 @@ class Storm:
             await sleep(CAUGHT_UP_S)
         else:  # nobody wakes a drop up: what is due is settled all the same
             await sleep(RELOADED_S)
+        await self._let_viewers_hear()
         self._look_for_overdue()
         world.look_at_bounds(*world.lives())
+        for life in world.lives():
+            if life.owed:
+                world.object(f"I18: {life.owed} answers are owed when nobody asks any more")
+
+    async def _let_viewers_hear(self) -> None:
+        """Those who watch take what there is, and have a moment for it."""
+        watched: dict[tuple[int, DropId], int] = {}
+        for viewer in self.viewers:
+            viewer.catch_up()
+            watched |= viewer.watched()
+        await sleep(CAUGHT_UP_S)
+        still = {where for viewer in self.viewers for where in viewer.watched()}
+        self.heard = {where: seq for where, seq in watched.items() if where in still}
 
     async def _probe(self, drop_id: DropId, since: float, clients: Clients) -> None:
         """A drop is served again within its time."""
@@ -142,6 +159,8 @@ class Storm:
         assert life is not None
         machine.want(False)
         await life.ended.wait()
+        if life.is_cut_short:
+            self.world.object("I18: an engine of which nobody asks anything does not end")
         self.world.storage.settle()
 
 

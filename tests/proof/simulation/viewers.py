@@ -120,6 +120,24 @@ class Viewer:
             )
             book.deliveries.append(delivery)
 
+    def catch_up(self) -> None:
+        """Take everything that it has left, and whatever comes."""
+        self._read()
+
+    def watched(self) -> dict[tuple[int, DropId], int]:
+        """Of what it has heard of and watches now: by what it is called there and by drop, the newest `seq`."""
+        watch, life = self._watch, self._life
+        if watch is None or life is None or not life.serves:
+            return {}
+        machine, board = life.machine.number, life.registry.board
+        # Who watches all is shown what is listed; of what is looked up later, and was over then, nobody tells.
+        listed = {drop.terms.id for drop in board.listed(len(self._world.drops), 0)[0]} if watch.is_all else set()
+        return {
+            (self._numbers[machine], drop_id): drop.seq
+            for drop_id in self._positions[machine]
+            if (drop_id in listed or drop_id in watch.drops) and (drop := board.drop(drop_id)) is not None
+        }
+
     # Its life ----------------------------------------------------------------------------------------
 
     async def live(self) -> None:
