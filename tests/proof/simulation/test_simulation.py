@@ -14,7 +14,7 @@ from tests.proof.simulation.coverage import feasible, missing, pairs
 from tests.proof.simulation.runs import Summary, report, run_all
 from tests.proof.simulation.seeds import run_seed
 
-SEEDS: Final = int(os.environ.get("HOLDFAST_SEEDS", "1000"))
+SEEDS: Final = int(os.environ.get("HOLDFAST_SEEDS", "1150"))
 FIRST_MAX: Final = 10**9
 JOBS: Final = 2
 REPLAYED: Final = (3, 12, 77, 156)  # two engines, clock steps, crashes, rivals
