@@ -25,8 +25,8 @@ TELLS: Final[Mapping[str, Collection[str]]] = {
     "DROP_UPDATED": ("DROP_UPDATED",),
     **{name: (name,) for name in ("RESERVED", "PURCHASED", "CANCELLED", "EXPIRED")},
 }
-# Events of the feed, and of the log, that say how many are free.
-TELLS_STOCK: Final = frozenset({"STOCK_UPDATED", "RESERVED", "CANCELLED", "EXPIRED"})
+# Events of the feed, and of the log, that say how many are free: a drop's birth has it in the drop.
+TELLS_STOCK: Final = frozenset({"STOCK_UPDATED", "DROP_CREATED", "RESERVED", "CANCELLED", "EXPIRED"})
 
 
 HaveAll = Mapping[tuple[int, str], int]
