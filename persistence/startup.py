@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from persistence import schema
-from persistence.trio_pg import TrioConnection
+from persistence.trio_pg import BOUNDED_TCP, TrioConnection
 
 log = structlog.get_logger(__name__)
 
@@ -23,10 +23,10 @@ _ENGINE_LOCK: Final = int.from_bytes(b"holdfast")
 _PREDECESSOR_GONE_S: Final = 2.0
 _RETRY_S: Final = 0.1
 # A server whose peer vanished without a word (power, partition) would keep its session, and the lock, for two hours:
-# `BOUNDED_TCP` is our end's alone. So it asks after 5 s, and gives us up 5 s later. Without effect on a Unix socket.
-_NOTICE_THAT_WE_ARE_GONE: Final = (
-    "SELECT set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '1', false),"
-    " set_config('tcp_keepalives_count', '5', false)"
+# `BOUNDED_TCP` is our end's alone. So its end asks as ours does. Without effect on a Unix socket.
+_NOTICE_THAT_WE_ARE_GONE: Final = "SELECT " + ", ".join(
+    f"set_config('tcp_{name}', '{BOUNDED_TCP[name]}', false)"
+    for name in ("keepalives_idle", "keepalives_interval", "keepalives_count")
 )
 # Deadlines are shown to clients as the engine's own instants; two seconds are what NTP never lets drift.
 CLOCK_SKEW_MAX_S: Final = 2.0

@@ -120,7 +120,7 @@ class Storm:
         """Those who watch take what there is, and have a moment for it."""
         watched: dict[tuple[int, DropId], int] = {}
         for viewer in self.viewers:
-            viewer.catch_up()
+            viewer.read()
             watched |= viewer.watched()
         await sleep(CAUGHT_UP_S)
         still = {where for viewer in self.viewers for where in viewer.watched()}

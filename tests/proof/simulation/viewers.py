@@ -120,10 +120,6 @@ class Viewer:
             )
             book.deliveries.append(delivery)
 
-    def catch_up(self) -> None:
-        """Take everything that it has left, and whatever comes."""
-        self._read()
-
     def watched(self) -> dict[tuple[int, DropId], int]:
         """Of what it has heard of and watches now: by what it is called there and by drop, the newest `seq`."""
         watch, life = self._watch, self._life
@@ -166,7 +162,7 @@ class Viewer:
                     await self._gone.wait()
                     break
                 if self._world.is_calm:
-                    self._read()
+                    self.read()
                 elif not self._has_a_whim(watch, positions):
                     break
         finally:
@@ -181,9 +177,9 @@ class Viewer:
             case 0:
                 self._room = self._chance.choice([0, 20, 100, 700])
             case 1 | 2 | 3:
-                self._read()
+                self.read()
             case 4 | 5:
-                self._read()  # else it would ask for what is on its way already
+                self.read()  # else it would ask for what is on its way already
                 self._subscribe(watch, positions)
             case 6:
                 watch.unsubscribe(self._some())
@@ -203,7 +199,8 @@ class Viewer:
         drops = self._world.drops
         return self._chance.sample(drops, self._chance.randint(1, len(drops)))
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Take everything that it has left, and whatever comes."""
         self._room = None
         if self._watch is not None and self._life is not None:
             rest, self._rest = self._rest, b""

@@ -85,10 +85,15 @@ def grown(points: Sequence[tuple[float, float]]) -> float:
 
 
 def risen(points: Sequence[tuple[float, float]]) -> float:
-    """By how much more there is in the last quarter of the points than in the first: medians."""
-    quarter = max(1, len(points) // 4)
-    first, last = points[:quarter], points[-quarter:]
-    return statistics.median(value for _, value in last) - statistics.median(value for _, value in first)
+    """By how much more there is in the last quarter of the points than in the first."""
+    first, last = _ends([value for _, value in points])
+    return last - first
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """Medians of the first quarter and of the last: values come and go."""
+    quarter = max(1, len(values) // 4)
+    return statistics.median(values[:quarter]), statistics.median(values[-quarter:])
 
 
 def percentile_ms(buckets: Mapping[int, int], share: float, beyond: int = 0) -> float:
@@ -138,7 +143,7 @@ def purchase_p99_ms(seen: Seen) -> float:
 
 
 def of_overload(seen: Seen, rate: float, peak_per_s: float, samples: Sequence[Sample]) -> list[Verdict]:
-    goodput, p99_ms = changes_per_s(seen), purchase_p99_ms(seen)
+    goodput = changes_per_s(seen)
     half = [sample for sample in samples if sample.at >= seen.began_at + seen.seconds / 2]
     return [
         Verdict(
@@ -147,15 +152,20 @@ def of_overload(seen: Seen, rate: float, peak_per_s: float, samples: Sequence[Sa
             f"{goodput:,.0f}/s, {goodput / peak_per_s:.0%}" if peak_per_s else "no peak",
             peak_per_s > 0 and goodput >= GOODPUT_LEAST * peak_per_s,
         ),
-        Verdict(
-            "purchases under overload, p99",
-            f"≤ {PURCHASE_P99_MS:g} ms, those that were lost included",
-            f"{p99_ms:,.1f} ms; {purchases_lost(seen):,} lost of {_asked('purchase', seen):,}",
-            p99_ms <= PURCHASE_P99_MS and _asked("purchase", seen) > 0,
-        ),
+        _purchases("purchases under overload, p99", seen),
         _flat("memory in the second half of the overload", half, OVERLOAD_GROWTH_MAX, over_s=None),
         *of_crowd("overload", seen, rate),
     ]
+
+
+def _purchases(name: str, seen: Seen) -> Verdict:
+    p99_ms = purchase_p99_ms(seen)
+    return Verdict(
+        name,
+        f"≤ {PURCHASE_P99_MS:g} ms, those that were lost included",
+        f"{p99_ms:,.1f} ms; {purchases_lost(seen):,} lost of {_asked('purchase', seen):,}",
+        p99_ms <= PURCHASE_P99_MS and _asked("purchase", seen) > 0,
+    )
 
 
 def of_crowd(part: str, seen: Seen, rate: float) -> list[Verdict]:
@@ -238,7 +248,6 @@ def of_service(seen: Seen, meant_per_s: float) -> list[Verdict]:
     quarter = max(1, len(seen.course) // 4)
     parts = [seen.course[at : at + quarter] for at in range(0, quarter * 4, quarter)]
     quarters = [sum(_changes(second.in_time) for second in part) / quarter for part in parts]
-    p99_ms = purchase_p99_ms(seen)
     return [
         Verdict(
             "changes in each quarter of the soak",
@@ -246,12 +255,7 @@ def of_service(seen: Seen, meant_per_s: float) -> list[Verdict]:
             ", ".join(f"{each:,.0f}" for each in quarters) + "/s",
             meant_per_s > 0 and min(quarters) >= GOODPUT_LEAST * meant_per_s,
         ),
-        Verdict(
-            "purchases of the soak, p99",
-            f"≤ {PURCHASE_P99_MS:g} ms, those that were lost included",
-            f"{p99_ms:,.1f} ms; {purchases_lost(seen):,} lost of {_asked('purchase', seen):,}",
-            p99_ms <= PURCHASE_P99_MS and _asked("purchase", seen) > 0,
-        ),
+        _purchases("purchases of the soak, p99", seen),
     ]
 
 
@@ -307,12 +311,13 @@ def _blocks(samples: Sequence[Sample]) -> Verdict:
     if len(points) < 2:
         return Verdict("blocks of Python's memory", "to be seen", "too few samples", False)
     level, rise, seconds = statistics.median(value for _, value in points), grown(points), points[-1][0] - points[0][0]
+    step = risen(points)
     allowed = max(level * SLOPE_MAX * seconds / 3600, NOISE_BLOCKS if seconds < SHORT_S else 0.0)
     return Verdict(
         "blocks of Python's memory",
         f"≤ {SLOPE_MAX:.0%} an hour, or {NOISE_BLOCKS:,} in less than {SHORT_S / 60:.0f} min",
-        f"{rise:+,.0f} in {seconds:,.0f} s at {level:,.0f}; {risen(points):+,.0f} from the first quarter to the last",
-        max(rise, risen(points)) <= allowed,
+        f"{rise:+,.0f} in {seconds:,.0f} s at {level:,.0f}; {step:+,.0f} from the first quarter to the last",
+        max(rise, step) <= allowed,
     )
 
 
@@ -325,8 +330,7 @@ def _no_more(name: str, values: Sequence[float], noise: float, share: float) -> 
     """The last quarter has no more than the first had: by the medians, since both come and go."""
     if len(values) < 4:
         return Verdict(name, "to be seen", "too few samples", False)
-    quarter = len(values) // 4
-    first, last = statistics.median(values[:quarter]), statistics.median(values[-quarter:])
+    first, last = _ends(values)
     return Verdict(
         name,
         "no more in the last quarter than in the first",
