@@ -159,7 +159,8 @@ class Authenticator:
                 options={"require": ["exp", "sub"]},
             )
         except (jwt.PyJWTError, RecursionError) as fault:  # the latter: JSON nested without end, in an unsigned header
-            raise ApiError(401, "INVALID_TOKEN", f"The token is not valid: {fault}.") from None
+            # It may quote the token, of which nobody has checked anything yet.
+            raise ApiError(401, "INVALID_TOKEN", f"The token is not valid: {schemas.clean(str(fault))}.") from None
         user_id = schemas.uuid_or_none(claims["sub"])
         if user_id is None:
             raise ApiError(401, "INVALID_TOKEN", "The token is not valid: its sub is no UUID.")

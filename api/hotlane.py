@@ -142,7 +142,14 @@ class Exchange:
         if request is None:
             errors.explained(failure)  # nobody waits for it any more, but a bug of ours is logged
         else:
-            self.done(handlers.failed(lane.service, request, failure))
+            self.done(self._explained(request, failure))
+
+    def _explained(self, request: Request, failure: Exception) -> Answer:
+        """A failure that cannot be told is a bug like those of handlers, and ends as they do: not with the server."""
+        try:
+            return handlers.failed(self.connection.lane.service, request, failure)
+        except Exception as bug:  # noqa: BLE001 - whatever it is, nobody but its caller is to notice
+            return answers.error(errors.explained(bug), self.request_id)
 
 
 class Connection:
@@ -476,7 +483,11 @@ class HotLane:
             for fd, events in ready[begin : begin + GATHER_MAX]:
                 connection = self._connections.get(fd)
                 if connection is not None:
-                    connection.ready(events)
+                    try:
+                        connection.ready(events)
+                    except Exception as bug:
+                        log.error("connection_failed", reason=repr(bug), exc_info=bug)
+                        connection.close()
                 elif fd in self._listening:
                     self._accept(self._listening[fd])
             self._gathered = None

@@ -235,7 +235,7 @@ def _validated(kind: type[T], value: dict[str, Any]) -> T:
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     for name in value:
         if name not in fields:
-            details.append(Detail(_clean(name), "is not a field of this request"))
+            details.append(Detail(clean(name), "is not a field of this request"))
     for name, field in fields.items():
         if name not in value:
             if field.required:
@@ -275,7 +275,8 @@ def _count(query: Mapping[str, str], name: str, default: int, least: int, most: 
     return default
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
+    """What came from outside, fit to be told again: short, without half a surrogate pair, which JSON cannot hold."""
     return name.encode("ascii", "backslashreplace").decode()[:100]
 
 

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from api import auth
+from api import answers, auth
 from api.auth import Authenticator, Caller, UserDirectory
 from api.errors import ApiError
 from api.promises import in_trio
@@ -228,6 +228,7 @@ async def refusal(headers: Mapping[str, str], chosen: Settings | None = None, pe
         (failure,) = failure.exceptions
     assert isinstance(failure, ApiError), failure
     assert failure.status_code == (422 if failure.code == "VALIDATION_ERROR" else 401)
+    answers.error(failure, "the id of its request")  # whatever it quotes, it can be told
     return failure.code
 
 
@@ -352,6 +353,11 @@ async def test_token_whose_head_is_nested_without_end_is_401() -> None:
     deep = base64.urlsafe_b64encode(b"[" * 9_000).rstrip(b"=").decode()
 
     assert await refusal({"authorization": f"Bearer {deep}.e30.x"}, by_token()) == "INVALID_TOKEN"
+
+
+async def test_token_whose_head_quotes_what_no_json_can_hold_is_401_and_can_be_told() -> None:
+    head = base64.urlsafe_b64encode(rb'{"alg":"HS256","crit":["\ud800"]}').rstrip(b"=").decode()
+    assert await refusal({"authorization": f"Bearer {head}.e30."}, by_token()) == "INVALID_TOKEN"
 
 
 async def test_token_whose_head_names_no_algorithm_at_all_is_401() -> None:

@@ -22,9 +22,11 @@ from api import hotlane, http1, settings
 from api.answers import Answer
 from api.app import create_app
 from api.cold import ColdLane
+from api.errors import ApiError
 from api.front import listen
 from api.handlers import Gate, Request
 from api.hotlane import HotLane
+from api.http1 import Reader
 from api.promises import Promise
 from api.sockets import Sockets
 from tests.ports import free_port
@@ -549,6 +551,31 @@ async def test_exception_of_a_handler_is_500_and_the_lane_lives_on(
         assert await peer.status() == 500
         assert b"INTERNAL_ERROR" in peer.body
         assert await peer.status() == 200
+
+
+async def test_failure_that_cannot_be_told_is_500_and_the_lane_lives_on(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running() as lane:
+        slow, peer = Slow(lane, monkeypatch), await lane.connect()
+        await peer.send(HOT + COLD)
+        await until(lambda: len(slow.asked) == 1)
+        slow.asked[0].fail(ApiError(422, "VALIDATION_ERROR", "half a surrogate pair: \ud800"))
+        assert await peer.status() == 500
+        assert await peer.status() == 200
+
+
+async def test_bug_of_the_lane_costs_one_connection(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as lane:
+        peer, other = await lane.connect(), await lane.connect()
+        await other.send(COLD)
+        assert await other.status() == 200
+        monkeypatch.setattr(Reader, "feed", lambda reader, data: 1 // 0)
+        await peer.send(COLD)
+        assert await peer.is_closed()
+        monkeypatch.undo()
+        await other.send(COLD)
+        assert await other.status() == 200
 
 
 def test_failures_have_a_line_each_up_to_a_bound_and_are_all_counted() -> None:
