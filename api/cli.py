@@ -99,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     seed = commands.add_parser("seed", help="fill the database with sample data")
     way = seed.add_mutually_exclusive_group()
     way.add_argument(
-        "--reset", action="store_true", help="empty the tables first; the default, and for development only"
+        "--reset",
+        action="store_true",
+        help="empty the tables first, in development only; the default, but for a DATABASE_URL with drops in it",
     )
     way.add_argument("--append", action="store_true", help="leave what is there, and add a sample to it")
     seed.set_defaults(run=_seed)
@@ -178,7 +180,9 @@ def _seed(asked: argparse.Namespace) -> int:
     with _database(settings) as dsn:
         if not settings.is_production:
             migrate.upgrade(dsn)
-        counts = trio.run(partial(seed, dsn, reset=not asked.append, now=datetime.now(UTC)))
+        # A shell that does not say APP_ENV is of development, whatever the database in its .env is.
+        may_delete = asked.reset or settings.database_url is None
+        counts = trio.run(partial(seed, dsn, reset=not asked.append, now=datetime.now(UTC), may_delete=may_delete))
     for table, count in counts.items():
         print(f"{table:<18}{count:>6}")
     return DONE
@@ -282,12 +286,13 @@ def _sentence_for(error: BaseException) -> str | None:
     from sqlalchemy.exc import DBAPIError
 
     from persistence.schema import SchemaOutdated
+    from persistence.seed import WouldDelete
     from persistence.startup import StartRefused
 
     match error:
         case BaseExceptionGroup(exceptions=parts):
             return next((told for part in parts if (told := _sentence_for(part))), None)
-        case Refusal() | EmbeddedServerError() | SchemaOutdated() | StartRefused():
+        case Refusal() | EmbeddedServerError() | SchemaOutdated() | StartRefused() | WouldDelete():
             return str(error)
         case CommandError():
             return f"The migration was refused: {error}"

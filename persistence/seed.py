@@ -107,12 +107,18 @@ _PLANS: Final = (
 )  # fmt: skip
 
 
-async def seed(dsn: str, *, reset: bool, now: datetime) -> dict[str, int]:
+class WouldDelete(Exception):
+    """There is something in the tables, and nobody said that it may go."""
+
+
+async def seed(dsn: str, *, reset: bool, now: datetime, may_delete: bool = True) -> dict[str, int]:
     """Fill the tables with sample data, and say how many rows each has afterwards.
 
-    `reset` empties them first, and loses what is in them; else the sample is added, under names of its own.
+    `reset` empties them first, and loses what is in them, if that `may_delete` drops; else the sample is added, under
+    names of its own.
 
     Raises:
+        WouldDelete: there are drops, and `may_delete` is False.
         StartRefused: an engine serves from this database, or it is not fit for one.
         SchemaOutdated: its schema is not this version's.
         LedgerFault, psycopg.Error: the database failed.
@@ -125,6 +131,8 @@ async def seed(dsn: str, *, reset: bool, now: datetime) -> dict[str, int]:
     ):
         async with conn.transaction():
             if reset:
+                if not may_delete and (drops := await _count(conn, "drops")):
+                    raise WouldDelete(f"{drops} drops are there: seed --reset deletes them, seed --append adds to them")
                 await conn.execute(f"TRUNCATE {', '.join(TABLES)}")
             sample = await _unused_sample(conn, now_ms)
             await _insert_users(conn, sample.users, now_ms)

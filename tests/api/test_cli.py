@@ -214,6 +214,14 @@ def test_seed_keeps_out_of_a_running_engines_way(on_database: Shell, database: s
     assert counts(database)["users"] == 1
 
 
+def test_seed_deletes_drops_of_an_operators_database_only_when_told_to(on_database: Shell, seeded: str) -> None:
+    before = one(seeded, "SELECT string_agg(id::text, ',' ORDER BY id) FROM drops")
+    assert "seed --reset deletes them" in on_database.refused("seed")
+    assert one(seeded, "SELECT string_agg(id::text, ',' ORDER BY id) FROM drops") == before
+    on_database.done("seed", "--reset")
+    assert one(seeded, "SELECT string_agg(id::text, ',' ORDER BY id) FROM drops") != before
+
+
 def test_seed_brings_the_schema_with_it(shell: Shell, empty_database: str) -> None:
     shell.done("seed", DATABASE_URL=empty_database)
     assert counts(empty_database)["drops"] >= 15
