@@ -13,6 +13,9 @@ median of the slopes between all pairs of points (Theil and Sen): a garbage coll
 arena moves a least-squares line, and not this one. It does not see one great step either, nor what begins to grow near
 the end: so the last quarter is held against the first, too, by their medians. Pages come and go by the hundred; less
 than `NOISE_BYTES` in all says nothing, however short the time.
+
+What is resident is more than what is in use: pages that the crowd of one second needed stay, with a few objects in
+each. A leak could fill those unseen, so what is in use has its own limits: Python's blocks, and the bytes of the heap.
 """
 
 import statistics
@@ -264,6 +267,7 @@ def of_soak(samples: Sequence[Sample]) -> list[Verdict]:
     return [
         _flat("memory of the soak", samples, SLOPE_MAX, over_s=3600.0),
         _blocks(samples),
+        _heap(samples),
         _no_more("descriptors", [float(sample.descriptors) for sample in samples], DESCRIPTORS_NOISE, 0.0),
         _no_more("threads", [float(sample.threads) for sample in samples], THREADS_NOISE, 0.0),
         *(_figure(name, samples) for name in FIGURES),
@@ -318,6 +322,22 @@ def _blocks(samples: Sequence[Sample]) -> Verdict:
         f"≤ {SLOPE_MAX:.0%} an hour, or {NOISE_BLOCKS:,} in less than {SHORT_S / 60:.0f} min",
         f"{rise:+,.0f} in {seconds:,.0f} s at {level:,.0f}; {step:+,.0f} from the first quarter to the last",
         max(rise, step) <= allowed,
+    )
+
+
+def _heap(samples: Sequence[Sample]) -> Verdict:
+    """What libraries in C have, and objects of more than 512 bytes. Its limit is a share of all that is resident."""
+    told = [one for one in samples if one.statistics is not None]
+    points = [(one.at, float(one.statistics.heap_bytes)) for one in told if one.statistics is not None]
+    if len(points) < 2:
+        return Verdict("bytes of the heap in use", "to be seen", "too few samples", False)
+    rise, step, seconds = grown(points), risen(points), points[-1][0] - points[0][0]
+    resident = statistics.median(one.rss_bytes for one in told)
+    return Verdict(
+        "bytes of the heap in use",
+        f"≤ {SLOPE_MAX:.0%} an hour of what is resident, or {NOISE_BYTES / 2**20:g} MiB in all",
+        f"{rise / 2**20:+,.2f} MiB in {seconds:,.0f} s; {step / 2**20:+,.2f} MiB from the first quarter to the last",
+        max(rise, step) <= max(resident * SLOPE_MAX * seconds / 3600, NOISE_BYTES),
     )
 
 

@@ -1,8 +1,12 @@
 """The parts of a run: what the server can do, what three times that does to it, what an hour of less leaves behind."""
 
+import os
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import msgspec
@@ -25,6 +29,12 @@ ROUND_WARM_UP_S: Final = 1.0
 ACQUAINT_MAX_S: Final = 300.0
 USUAL_S: Final = 5.0  # of the probe alone, before the crowd comes
 AFTERWARDS_MAX_S: Final = 60.0  # that we wait for it to recover, to say how long that takes
+# Before the hour counts, the server stands still so often and so long, as virtual machines do: those who come in that
+# time are all there when it goes on, and the pages that it needs for them it keeps (`judgement`). It needs them once:
+# such an instant in the middle of the hour would pass for growth.
+PAUSES: Final = 5
+PAUSE_S: Final = 2.0
+PAUSE_EVERY_S: Final = 10.0
 SOAK_WARM_UP_SHARE: Final = 0.15  # of a soak: at most
 SOAK_WARM_UP_MAX_S: Final = 300.0
 
@@ -113,7 +123,8 @@ def overload(stage: Stage, peak: Peak) -> Part:
 
 def soak(stage: Stage, peak: Peak) -> Part:
     seconds, rate = stage.options.soak_s, SOAK_SHARE * peak.people_per_s
-    seen = stage.crowd("soak", seconds, warm_up_s=ROUND_WARM_UP_S, rate=rate)
+    with _pausing(stage.target.watched["server"]):
+        seen = stage.crowd("soak", seconds, warm_up_s=ROUND_WARM_UP_S + (PAUSES + 1) * PAUSE_EVERY_S, rate=rate)
     warm_up_s = min(SOAK_WARM_UP_SHARE * seconds, SOAK_WARM_UP_MAX_S)
     samples = stage.sampler.since(seen.began_at + warm_up_s, seen.began_at + seen.seconds)
     missed = sum(sample.statistics is None for sample in samples) + stage.sampler.visitors.turned_out
@@ -133,6 +144,28 @@ def soak(stage: Stage, peak: Peak) -> Part:
         figures=_figures(seen),
         course=stage.sampler.since(seen.began_at, seen.began_at + seen.seconds),
     )
+
+
+@contextmanager
+def _pausing(pid: int) -> Iterator[None]:
+    """The process stands still now and then, from now on, until it has done so `PAUSES` times."""
+    is_over = threading.Event()
+
+    def pause() -> None:
+        for _ in range(PAUSES):
+            if is_over.wait(PAUSE_EVERY_S - PAUSE_S):
+                return
+            os.kill(pid, signal.SIGSTOP)
+            is_over.wait(PAUSE_S)
+            os.kill(pid, signal.SIGCONT)
+
+    pausing = threading.Thread(target=pause)
+    pausing.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        pausing.join()
 
 
 def _figures(seen: Seen) -> dict[str, float]:

@@ -13,7 +13,8 @@ from tests.proof.soak.sampling import Sample
 
 FORMAT: Final = 1
 ROWS: Final = 12  # of a part's course
-FIGURES: Final = ("in_flight", "mailboxes", "parts", "outbox", "holds", "blocks")  # of the server's own, in it
+# Of the server's own, in a course.
+FIGURES: Final = ("in_flight", "mailboxes", "parts", "outbox", "holds", "blocks", "heap_bytes")
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,13 +6,14 @@ that are never closed, holders who wait for all the others. Without one, nothing
     SOAK_STATISTICS=<path> [SOAK_FAULT=memory|descriptors|starvation] python -m tests.proof.soak.server serve
 """
 
+import ctypes
 import os
 import socket
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import msgspec
 import trio
@@ -48,6 +49,32 @@ class Statistics(msgspec.Struct, frozen=True):
     keys: int
     users: int
     blocks: int  # of memory that Python has handed out
+    heap_bytes: int  # that libraries in C and large objects have of the heap, handed out and not given back
+
+
+class _Mallinfo2(ctypes.Structure):
+    """`struct mallinfo2` of glibc 2.33 and newer: mallinfo(3)."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    ]
+
+
+def _heap_bytes() -> Callable[[], int]:
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:  # another C library: it is not known
+        return lambda: 0
+    mallinfo2.restype = _Mallinfo2
+
+    def heap_bytes() -> int:
+        seen = mallinfo2()
+        return int(seen.uordblks + seen.hblkhd)
+
+    return heap_bytes
+
+
+heap_bytes: Final = _heap_bytes()
 
 
 def statistics(service: Service) -> Statistics:
@@ -72,6 +99,7 @@ def statistics(service: Service) -> Statistics:
         keys=len(service.keys._running),
         users=len(service.users._names),
         blocks=sys.getallocatedblocks(),
+        heap_bytes=heap_bytes(),
     )
 
 

@@ -22,7 +22,7 @@ def statistics(**figures: int) -> Statistics:
     usual = {
         "drops": 30, "in_flight": 100, "mailboxes": 50, "parts": 40, "outbox": 10, "timer": 60, "deadlines": 9_000,
         "holds": 3_000, "endings": 60_000, "viewers": 210, "parked": 0, "feeds": 30, "ring": 100_000, "keys": 600,
-        "users": 60_000, "blocks": 1_000_000,
+        "users": 60_000, "blocks": 1_000_000, "heap_bytes": 30 * MIB,
     }  # fmt: skip
     return Statistics(**(usual | figures))
 
@@ -110,6 +110,12 @@ def test_objects_that_fit_into_freed_pages_are_seen_all_the_same() -> None:
     assert broken(judgement.of_soak(hidden)) == {"blocks of Python's memory"}
 
 
+@pytest.mark.parametrize(("per_s", "is_seen"), [(0.5, False), (0.65, True)])
+def test_bytes_that_fit_into_freed_pages_of_the_heap_are_seen_all_the_same(per_s: float, is_seen: bool) -> None:
+    hidden = course(HOUR, lambda at: sample(at, heap_bytes=30 * MIB + int(at * per_s * MIB / 1_000)))
+    assert broken(judgement.of_soak(hidden)) == ({"bytes of the heap in use"} if is_seen else set())
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [
@@ -130,7 +136,9 @@ def test_whatever_there_is_more_of_in_the_end_is_named(name: str, make: Callable
 def test_nothing_seen_is_no_proof() -> None:
     assert len(broken(judgement.of_soak([]))) == len(judgement.of_soak([]))
     blind = [Sample(at, LEVEL, 10, 4, 0.0, None) for at in range(100)]
-    assert {"timer", "ring", "blocks of Python's memory"} <= broken(judgement.of_soak(blind))
+    assert {"timer", "ring", "blocks of Python's memory", "bytes of the heap in use"} <= broken(
+        judgement.of_soak(blind)
+    )
 
 
 # --- overload ----------------------------------------------------------------------------------------
