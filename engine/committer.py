@@ -66,6 +66,7 @@ class Committer:
         self._batch_max = batch_max
         self._stall_s = stall_s
         self._waiting: list[Part] = []
+        self._alone: deque[Part] = deque()  # of a batch that was rejected: each is tried once more, by itself
         # Decided and committed; bounded, since each still counts as in flight.
         self._outbox: deque[Ask] = deque()
         self._outbox_first: deque[Ask] = (
@@ -249,11 +250,9 @@ class Committer:
                 await self._find_ledger()
 
     async def _commit_each_alone(self, parts: list[Part]) -> None:
-        for part in parts:
-            if self.fault is None:
-                await self._commit([part], alone_next=False)
-            else:
-                part.actor.fail(part, self.fault)
+        self._alone.extend(parts)
+        while self._alone:
+            await self._commit([self._alone.popleft()], alone_next=False)
 
     def _give_up(self, part: Part, fault: Rejected) -> None:
         """A part was rejected twice, the second time alone: its drop pays for it."""
@@ -322,6 +321,9 @@ class Committer:
     def _lose_ledger(self) -> None:
         if self.fault is None:
             self.fault = FaultCode.UNAVAILABLE
+            while self._alone:  # rejected once, and not sent again: nothing of them has happened
+                part = self._alone.popleft()
+                part.actor.fail(part, FaultCode.UNAVAILABLE)
             if self.outage is not None:
                 self.outage.ledger_lost(FaultCode.UNAVAILABLE)
 

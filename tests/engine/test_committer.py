@@ -691,12 +691,34 @@ async def test_a_part_that_is_retried_alone_may_fail_in_every_other_way(
         on.ledger.fail_next(*troubles)
         here, there = on.ask(reserve(ANN)), on.ask(reserve(ANN, "r2"), OTHER)
         await trio.sleep(2)
-        is_lost = troubles[1] in (Trouble.UNAVAILABLE, Trouble.LOST_BEFORE_COMMIT)
+        # What comes behind it was not sent again: it is refused as all are that wait when the ledger is lost.
+        is_there = troubles[1] in (Trouble.LOST_AFTER_COMMIT, Trouble.LOST_AND_LATE)
         served = [answer for answer in (here, there) if isinstance(answer.outcome, Reserved)]
-        assert len(served) == (1 if is_lost else 2)
+        assert len(served) == (1 if is_there else 0)
+        assert {answer.code for answer in (here, there) if answer not in served} == {"DATABASE_UNAVAILABLE"}
         ben = on.ask(reserve(BEN))
         await trio.sleep(1)
         assert isinstance(ben.outcome, Reserved)
+
+
+async def test_parts_that_wait_for_their_turn_alone_do_not_wait_for_an_outage_to_end(
+    autojump_clock: MockClock,
+) -> None:
+    async with stage() as on:
+        await on.make_drop()
+        await on.make_drop(2, OTHER)
+        on.ledger.fail_next(Trouble.REJECTED, Trouble.LOST_BEFORE_COMMIT)
+        here, there = on.ask(reserve(ANN)), on.ask(reserve(ANN, "r2"), OTHER)
+        await trio.sleep(0.11)
+        on.ledger.is_down = True
+        await trio.sleep(1)
+        assert here.outcome is None  # in doubt
+        assert there.code == "DATABASE_UNAVAILABLE"
+        await trio.sleep(60)
+        on.ledger.is_down = False
+        await trio.sleep(1)
+        assert here.code == "DATABASE_UNAVAILABLE"
+        assert on.counts(OTHER) == (2, 0, 0)
 
 
 # No answer for long ---------------------------------------------------------------------------------------
