@@ -302,11 +302,13 @@ CHECKS: Final = (
         "replay",
         "no row names a drop that does not exist",
         """
-        SELECT 'reservations' AS of, drop_id FROM reservations WHERE drop_id NOT IN (SELECT id FROM drops)
-        UNION ALL SELECT 'purchases', drop_id FROM purchases WHERE drop_id NOT IN (SELECT id FROM drops)
-        UNION ALL SELECT 'drop_events', drop_id FROM drop_events WHERE drop_id NOT IN (SELECT id FROM drops)
-        UNION ALL SELECT 'idempotency_keys', drop_id FROM idempotency_keys
-                  WHERE drop_id NOT IN (SELECT id FROM drops)
+        SELECT * FROM (
+            SELECT 'reservations' AS of, drop_id FROM reservations
+            UNION ALL SELECT 'purchases', drop_id FROM purchases
+            UNION ALL SELECT 'drop_events', drop_id FROM drop_events
+            UNION ALL SELECT 'idempotency_keys', drop_id FROM idempotency_keys
+        ) AS named
+        WHERE NOT EXISTS (SELECT FROM drops WHERE drops.id = named.drop_id)
         """,
     ),
 )
