@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -226,6 +227,8 @@ async def _prune_keys(reads: Reads, clock: Clock, keep_ms: int) -> None:
 
 @asynccontextmanager
 async def _storage(settings: Settings) -> AsyncIterator[Storage]:
+    if settings.allow_unsafe_durability and settings.is_production:
+        log.warning("unsafe_durability_allowed", reason="a crash of the database may lose what was acknowledged")
     options = LedgerOptions(
         commit_timeout_s=settings.commit_timeout_ms / 1000,
         clock_skew_max_s=math.inf if settings.allow_clock_skew else CLOCK_SKEW_MAX_S,
@@ -290,7 +293,7 @@ async def _keep_running(postgres: EmbeddedPostgres) -> None:
         log.error("embedded_postgres_died")
         try:
             await trio.to_thread.run_sync(postgres.stop)
-            await trio.to_thread.run_sync(postgres.start)
+            await trio.to_thread.run_sync(partial(postgres.start, may_create=False))
             log.warning("embedded_postgres_restarted")
         except EmbeddedServerError as fault:
             log.error("embedded_postgres_not_restarted", reason=str(fault))

@@ -58,6 +58,8 @@ SETTINGS: Final[Mapping[str, str]] = {
     # A new segment is zero-filled and synced while a commit waits for it, 25 ms each (measured). A quiet
     # night must not give the old ones back, just before the drop.
     "min_wal_size": "512MB",
+    # As many readers as POOL_SIZE allows, the writer, the lock, errands, and an operator who looks.
+    "max_connections": "250",
 }
 
 # The name of a socket goes below its directory, and macOS has room for 103 bytes, Linux for 107.
@@ -75,6 +77,9 @@ _RETRY_S: Final = 0.1
 _ORPHAN_GRACE_S: Final = 3.0
 # After SIGQUIT a postmaster needs 5 s to lose patience with a child that hangs.
 _IMMEDIATE_STOP_S: Final = 8.0
+# A recovery ends with a checkpoint, of which the log tells the beginning and the end: up to `max_wal_size` of changes
+# are flushed between them, onto a slow disk perhaps. Killed, it would begin again, and again.
+_RECOVERY_SILENCE_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,7 @@ def running(
     settings: Mapping[str, str] | None = None,
     port: int | None = None,
     start_timeout_s: float = 30.0,
-    stop_timeout_s: float = 10.0,
+    stop_timeout_s: float = 60.0,
 ) -> Iterator[EmbeddedServer]:
     """`EmbeddedPostgres` as a block: started at its head, stopped at its end."""
     postgres = EmbeddedPostgres(
@@ -166,14 +171,15 @@ class EmbeddedPostgres:
         settings: Mapping[str, str] | None = None,
         port: int | None = None,
         start_timeout_s: float = 30.0,
-        stop_timeout_s: float = 10.0,
+        stop_timeout_s: float = 60.0,
     ) -> None:
         """Nothing happens yet.
 
         `settings` go over `SETTINGS`, under their names in postgresql.conf. With `port` the server also
         listens on 127.0.0.1, where every user of this machine may enter; else only on its private socket.
-        `start_timeout_s` is the longest silence while it starts: a recovery that reports its progress in
-        the log may take as long as it needs. `stop_timeout_s` is for a clean stop, then it is made to.
+        `start_timeout_s` is the longest silence before it says that it starts, and ten minutes are from then on: a
+        recovery that reports its progress in the log may take as long as it needs. `stop_timeout_s` is for a clean
+        stop, then it is made to.
         """
         self._data_dir = data_dir.absolute()
         self._cluster = self._data_dir / "postgres"
@@ -190,13 +196,17 @@ class EmbeddedPostgres:
         """Whether the server that was started still lives. It does not block, and may be asked at any time."""
         return self._postmaster is not None and self._postmaster.poll() is None
 
-    def start(self) -> EmbeddedServer:
+    def start(self, *, may_create: bool = True) -> EmbeddedServer:
         """Bring the server up, after making the cluster and the database when they do not exist.
+
+        With `may_create` False a cluster that is gone is not made anew: what was in it has not gone with its mount.
 
         Raises:
             EmbeddedServerError: it cannot be had. Nothing is left running or locked.
         """
         with ExitStack() as undo, _os_errors_as_refusals(self._data_dir):
+            if not may_create and not (self._cluster / "PG_VERSION").exists():
+                raise EmbeddedServerError(f"The cluster {self._cluster} is not there any more.")
             self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             undo.enter_context(_lock(self._data_dir))
             binaries = find_binaries(major_of_cluster(self._cluster))
@@ -273,18 +283,21 @@ class EmbeddedPostgres:
         The file that a predecessor left behind may say "ready" of the very pid that is new now.
 
         Raises:
-            EmbeddedServerError: it was silent for longer than `start_timeout_s`.
+            EmbeddedServerError: it was silent for too long; see `__init__`.
         """
         log_size, heard_at = os.fstat(log).st_size, time.monotonic()
+        patience_s = self._start_timeout_s
         while postmaster.poll() is None:
             named = _read_pid_file(self._cluster)
-            if named and named != left_behind and (named.pid, named.state) == (postmaster.pid, "ready"):
-                return True
+            if named and named != left_behind and named.pid == postmaster.pid:
+                if named.state == "ready":
+                    return True
+                patience_s = max(patience_s, _RECOVERY_SILENCE_S)
             if (size := os.fstat(log).st_size) != log_size:
                 log_size, heard_at = size, time.monotonic()
-            if time.monotonic() - heard_at > self._start_timeout_s:
+            if time.monotonic() - heard_at > patience_s:
                 raise EmbeddedServerError(
-                    f"PostgreSQL did not get ready within {self._start_timeout_s:g} s;"
+                    f"PostgreSQL did not get ready within {patience_s:g} s;"
                     f" the last line of its log {self._log_path} is: {_last_line(_tail(self._log_path))}."
                 )
             time.sleep(_POLL_S)

@@ -365,6 +365,32 @@ def test_server_that_stays_silent_while_starting_is_given_up_with_its_last_words
         pass  # the directory is free again
 
 
+def test_recovery_may_be_silent_for_longer_than_a_start(
+    tmp_path: Path, stand_ins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It flushes gigabytes, and says nothing from the beginning of its last checkpoint to the end."""
+    says_that_it_starts = 'printf "%s\\n" $$ "$2" 1 5432 /tmp "" "" starting >"$2/postmaster.pid"; exec sleep 60'
+    find_data = 'while [ "$1" != -D ]; do shift; done'
+    stand_in_binaries(stand_ins, initdb='echo 18 > "$2/PG_VERSION"', postgres=f"{find_data}; {says_that_it_starts}")
+    monkeypatch.setattr(embedded, "_RECOVERY_SILENCE_S", 1.0)
+    with refused("within 1 s"):
+        EmbeddedPostgres(tmp_path, start_timeout_s=0.2).start()
+
+
+def test_cluster_that_has_gone_under_a_running_server_is_not_made_anew(data_dir: Path, tmp_path: Path) -> None:
+    with refused("is not there any more"):
+        EmbeddedPostgres(tmp_path / "unmounted", settings=FAST).start(may_create=False)
+    assert not (tmp_path / "unmounted").exists()
+    server = EmbeddedPostgres(data_dir, settings=FAST)
+    server.start()
+    server.stop()
+    again = server.start(may_create=False)
+    try:
+        assert ask(again.dsn, "SELECT 1") == 1
+    finally:
+        server.stop()
+
+
 def test_port_in_use_is_refused_with_that_reason(data_dir: Path) -> None:
     port = free_port()
     with socket.create_server(("127.0.0.1", port)), refused("could not bind", "in use", "postgres.log"):
