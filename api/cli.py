@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     migrate.set_defaults(run=_migrate)
 
-    seed = commands.add_parser("seed", help="fill the database with sample data")
+    seed = commands.add_parser("seed", help="empty the database, and fill it with sample data")
     way = seed.add_mutually_exclusive_group()
     way.add_argument(
         "--reset",
@@ -145,7 +145,7 @@ def _migrate(asked: argparse.Namespace) -> int:
         if asked.down is None:
             migrate.upgrade(dsn)
         else:
-            trio.run(_downgrade, dsn, asked.down)
+            trio.run(_without_an_engine, dsn, partial(migrate.downgrade, dsn, asked.down))
         after = schema.current(dsn)
     if before == after:
         print(f"schema {after or '(none)'}: nothing to do")
@@ -154,15 +154,14 @@ def _migrate(asked: argparse.Namespace) -> int:
     return DONE
 
 
-async def _downgrade(dsn: str, revision: str) -> None:
-    from persistence import migrate
+async def _without_an_engine(dsn: str, change: Callable[[], None]) -> None:
+    """Tables must not change under an engine: it is refused where one runs, and none starts meanwhile."""
     from persistence.startup import EngineLock
 
-    # Tables must not go away under an engine.
     lock = EngineLock(dsn, connect_timeout_s=CONNECT_S)
     await lock.acquire()
     try:
-        await trio.to_thread.run_sync(migrate.downgrade, dsn, revision)
+        await trio.to_thread.run_sync(change)
     finally:
         lock.release()
 
@@ -179,7 +178,7 @@ def _seed(asked: argparse.Namespace) -> int:
         )
     with _database(settings) as dsn:
         if not settings.is_production:
-            migrate.upgrade(dsn)
+            trio.run(_without_an_engine, dsn, partial(migrate.upgrade, dsn))
         # A shell that does not say APP_ENV is of development, whatever the database in its .env is.
         may_delete = asked.reset or settings.database_url is None
         counts = trio.run(partial(seed, dsn, reset=not asked.append, now=datetime.now(UTC), may_delete=may_delete))
@@ -296,6 +295,8 @@ def _sentence_for(error: BaseException) -> str | None:
             return str(error)
         case CommandError():
             return f"The migration was refused: {error}"
+        case psycopg.errors.LockNotAvailable():
+            return "Somebody else uses a table: a dump, an audit, an open transaction. Try again when that is over"
         case DBAPIError(orig=psycopg.Error() as cause):
             return _sentence_for(cause)
         case psycopg.Error():

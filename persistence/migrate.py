@@ -18,10 +18,15 @@ import migrations
 
 # "holdmigr" in ASCII; any number does that nobody else in the database uses.
 _LOCK = int.from_bytes(b"holdmigr")
+_LOCK_TIMEOUT = "2s"
 
 
 def upgrade(dsn: str, revision: str = "head") -> None:
-    """Bring the schema up to `revision`. Waits for another upgrade that is under way."""
+    """Bring the schema up to `revision`. Waits for another upgrade that is under way.
+
+    Raises:
+        psycopg.errors.LockNotAvailable, in a `DBAPIError`: others read or write the tables.
+    """
     _run(dsn, lambda config: command.upgrade(config, revision))
 
 
@@ -40,6 +45,9 @@ def _run(dsn: str, work: Callable[[Config], None]) -> None:
     with _connection(dsn) as connection:
         # A session lock, so it is held past the transaction and released with the connection.
         connection.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _LOCK})
+        # Who waits for a table stops all who come behind it, an engine's writes too, for as long as somebody's dump
+        # reads.
+        connection.execute(sa.text(f"SET lock_timeout = '{_LOCK_TIMEOUT}'"))
         connection.commit()
         config = _config()
         config.attributes["connection"] = connection

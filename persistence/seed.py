@@ -114,11 +114,11 @@ class WouldDelete(Exception):
 async def seed(dsn: str, *, reset: bool, now: datetime, may_delete: bool = True) -> dict[str, int]:
     """Fill the tables with sample data, and say how many rows each has afterwards.
 
-    `reset` empties them first, and loses what is in them, if that `may_delete` drops; else the sample is added, under
+    `reset` empties them first, and loses what is in them, if it `may_delete` anything; else the sample is added, under
     names of its own.
 
     Raises:
-        WouldDelete: there are drops, and `may_delete` is False.
+        WouldDelete: the tables are not empty, and `may_delete` is False.
         StartRefused: an engine serves from this database, or it is not fit for one.
         SchemaOutdated: its schema is not this version's.
         LedgerFault, psycopg.Error: the database failed.
@@ -131,8 +131,8 @@ async def seed(dsn: str, *, reset: bool, now: datetime, may_delete: bool = True)
     ):
         async with conn.transaction():
             if reset:
-                if not may_delete and (drops := await _count(conn, "drops")):
-                    raise WouldDelete(f"{drops} drops are there: seed --reset deletes them, seed --append adds to them")
+                if not may_delete:
+                    await _refuse_to_delete(conn)
                 await conn.execute(f"TRUNCATE {', '.join(TABLES)}")
             sample = await _unused_sample(conn, now_ms)
             await _insert_users(conn, sample.users, now_ms)
@@ -140,6 +140,12 @@ async def seed(dsn: str, *, reset: bool, now: datetime, may_delete: bool = True)
         written = await ledger.commit(births)
         assert written == {birth.drop_id for birth in births}, "a sample drop was there already"
         return {table: await _count(conn, table) for table in TABLES}
+
+
+async def _refuse_to_delete(conn: TrioConnection) -> None:
+    for table in ("drops", "users"):
+        if count := await _count(conn, table):
+            raise WouldDelete(f"{count} {table} are there: seed --reset deletes them, seed --append adds to them")
 
 
 async def _count(conn: TrioConnection, table: str) -> int:

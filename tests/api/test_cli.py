@@ -16,6 +16,8 @@ import pytest
 import trio
 
 from engine.model import DropStatus, ReservationStatus
+from persistence.migrate import downgrade
+from persistence.schema import current
 from persistence.seed import seed
 from persistence.startup import _ENGINE_LOCK
 from tests.ports import free_port
@@ -153,6 +155,14 @@ def test_tables_do_not_go_away_under_an_engine(on_database: Shell, database: str
     assert counts(database)["drops"] == 0  # the table is there
 
 
+def test_migrate_does_not_stand_in_the_way_of_others_behind_a_lock(on_database: Shell, database: str) -> None:
+    on_database.done("migrate", "--down", "0001")
+    with psycopg.connect(database) as reading:
+        reading.execute("SELECT count(*) FROM reservations")  # as a dump does, to its end
+        assert "Somebody else uses a table" in on_database.refused("migrate")
+    assert "0001" in on_database.done("migrate")
+
+
 # seed -------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +221,9 @@ def test_seed_keeps_out_of_a_running_engines_way(on_database: Shell, database: s
     with psycopg.connect(database) as conn:
         conn.execute("INSERT INTO users (id, username, created_at) VALUES (gen_random_uuid(), 'somebody', now())")
     assert "another engine serves from this database" in on_database.refused("seed", option)
+    downgrade(database, "0001")
+    assert "another engine serves from this database" in on_database.refused("seed", option)
+    assert current(database) == "0001"  # nor is the schema changed under it
     assert counts(database)["users"] == 1
 
 
