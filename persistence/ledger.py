@@ -49,7 +49,10 @@ _WRITER_SETTINGS: Final = {
     "jit": "off",
 }
 # What a role or a database may have set otherwise: a guard that lost its race must miss, not fail.
-_SESSION_SETTINGS: Final = {"default_transaction_isolation": "read committed"}
+# And a load that a role's usual limit ends would begin again for ever; those of the writer are set beside this.
+_SESSION_SETTINGS: Final = {"default_transaction_isolation": "read committed", "statement_timeout": "0"}
+# Connections that reload drops at once: when many lose their guards in one instant, they must not take all there are.
+_RECLAIMS_MAX: Final = 8
 # The server gives up on a statement before we give up on the server: its refusal is definite, our timeout is
 # not.
 _SERVER_SHARE: Final = 0.75
@@ -68,7 +71,10 @@ class LedgerOptions:
     # The same for a batch: another session's lock stops its own drop, by a refusal, and not all of them by a stall.
     commit_lock_timeout_s: float = 0.25
     resolve_timeout_s: float = 15.0
-    take_over_timeout_s: float = 120.0  # a million holds load in seconds; the rest is for locks
+    take_over_timeout_s: float = 120.0  # for locks
+    # What is loaded behind them may be years of reservations: as long as rows come it goes on. The longest silence is
+    # before the first of them, while the server sorts.
+    load_silence_s: float = 600.0
     clock_skew_max_s: float = CLOCK_SKEW_MAX_S
     allow_unsafe_durability: bool = False
 
@@ -128,8 +134,10 @@ class PostgresLedger:
         self._dsn = dsn
         self._options = options
         self._lock = lock
+        self._reclaims = trio.CapacityLimiter(_RECLAIMS_MAX)
         self._writer: TrioConnection | None = None
         self._suspects: dict[Backend, bool] = {}  # whether it was told to go
+        self._doubted: Backend | None = None  # the newest of them
         self._raises = resolution.OwnRaises()
         self._statistics = LedgerStatistics()
 
@@ -234,6 +242,7 @@ class PostgresLedger:
     def _drop_writer(self, writer: TrioConnection, *, is_suspect: bool) -> None:
         if is_suspect and writer.backend is not None:
             self._suspects[writer.backend] = False
+            self._doubted = writer.backend
         writer.abort()
         self._writer = None
 
@@ -267,16 +276,17 @@ class PostgresLedger:
         options = self._options
         # For one that somebody asks for, others that are asked for wait; before the start there is nobody.
         timeout_s = options.take_over_timeout_s if drop_ids is None else options.connect_timeout_s
-        async with self._session() as conn, _bounded(timeout_s):
-            return await self._behind_locks(conn, lambda: loading.take_over(conn, drop_ids))
+        async with self._session() as conn, _bounded(timeout_s) as scope:
+            heard = self._patience(scope) if drop_ids is None else _no_more
+            return await self._behind_locks(conn, lambda: loading.take_over(conn, drop_ids, heard))
 
     async def reclaim(self, drop_id: DropId, epoch: int) -> DropRecord | None:
         """See `engine.ledger.Ledger.reclaim`."""
         epoch_max = self._raises.newest(drop_id, epoch)
-        async with self._session() as conn, _bounded(self._options.take_over_timeout_s):
+        async with self._reclaims, self._session() as conn, _bounded(self._options.take_over_timeout_s) as scope:
 
             async def take() -> list[DropRecord]:
-                records = await loading.reclaim(conn, drop_id, epoch, epoch_max)
+                records = await loading.reclaim(conn, drop_id, epoch, epoch_max, self._patience(scope))
                 for record in records:
                     self._raises.note(drop_id, record.epoch)
                 return records
@@ -290,17 +300,26 @@ class PostgresLedger:
         async with self._session() as conn:
             async with _bounded(self._options.resolve_timeout_s):
                 if batch and batch[0].is_birth:
-                    # No row, no lock to wait behind: only when the old backend is gone can it write no more.
-                    await self._end_suspects(conn, wait=True)
+                    # No row, no lock to wait behind: only when its backend is gone can it write no more. Suspects from
+                    # before that one have their truth already, and one of them may be frozen.
+                    await self._end_suspects(conn, wait_for=self._doubted)
                 resolutions = await self._behind_locks(conn, lambda: resolution.resolve(conn, batch, self._raises))
             self._raises.forget(change.drop_id for change in batch)
             self._count(resolved=1)
             # The truth is known, and the old session is of no use to anybody any more.
             with suppress(psycopg.Error), trio.move_on_after(_TIDY_S):
-                await self._end_suspects(conn, wait=False)
+                await self._end_suspects(conn)
         if not batch:
             await self._ready_writer()  # else it may answer, and take no batch all the same
         return resolutions
+
+    def _patience(self, scope: trio.CancelScope) -> Callable[[], None]:
+        """What a load calls whenever it has heard from the server: from then on `scope` waits anew."""
+
+        def heard() -> None:
+            scope.deadline = trio.current_time() + self._options.load_silence_s
+
+        return heard
 
     async def _behind_locks(self, conn: TrioConnection, work: Callable[[], Awaitable[T]]) -> T:
         """Run a transaction, again and again while somebody holds its rows."""
@@ -309,10 +328,10 @@ class PostgresLedger:
                 async with conn.transaction():
                     return await work()
             except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
-                await self._end_suspects(conn, wait=False)
+                await self._end_suspects(conn)
 
-    async def _end_suspects(self, conn: TrioConnection, *, wait: bool) -> None:
-        """Terminate the backends in doubt; with `wait`, return when their transactions are over.
+    async def _end_suspects(self, conn: TrioConnection, *, wait_for: Backend | None = None) -> None:
+        """Terminate the backends in doubt; return no sooner than the transaction of one of them is over.
 
         Each stays a suspect until it is seen to be gone: a frozen one goes only when it thaws.
         """
@@ -322,7 +341,7 @@ class PostgresLedger:
                 self._suspects[backend] = True
                 self._count(terminated=1)
                 log.warning("backend_terminated", pid=backend.pid)
-            while wait and is_alive:
+            while backend == wait_for and is_alive:
                 await trio.sleep(_GONE_POLL_S)
                 is_alive = await terminate_backend(conn, backend)
             if not is_alive:
@@ -374,11 +393,17 @@ def _hit(batch: Batch, result: PGresult) -> frozenset[DropId]:
 
 
 @asynccontextmanager
-async def _bounded(timeout_s: float) -> AsyncIterator[None]:
+async def _bounded(timeout_s: float) -> AsyncIterator[trio.CancelScope]:
+    began = trio.current_time()
     with trio.move_on_after(timeout_s) as scope:
-        yield
+        yield scope
     if scope.cancelled_caught:
-        raise Unavailable(f"not done within {timeout_s} s: rows stay locked, or a backend does not go away")
+        waited_s = trio.current_time() - began
+        raise Unavailable(f"not done within {waited_s:.3g} s: rows stay locked, or a backend does not go away")
+
+
+def _no_more() -> None:
+    """Wait no longer than was said."""
 
 
 async def _set(conn: TrioConnection, settings: Mapping[str, str]) -> None:

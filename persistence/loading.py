@@ -29,31 +29,38 @@ _ROWS_AT_ONCE: Final = 10_000
 Row = tuple[Any, ...]
 
 
-async def take_over(conn: TrioConnection, drop_ids: Sequence[DropId] | None) -> list[DropRecord]:
+async def take_over(
+    conn: TrioConnection, drop_ids: Sequence[DropId] | None, heard: Callable[[], None]
+) -> list[DropRecord]:
     """See `engine.ledger.Ledger.take_over`. To be called in a transaction; what it did counts once that
-    commits.
+    commits. `heard` is called once the drops are locked, and whenever rows have come.
 
     Raises:
         psycopg.errors.LockNotAvailable: a drop is locked for longer than the session's lock_timeout.
         psycopg.Error: any other failure.
     """
     if drop_ids is None:
-        return await _load(conn, statements.TAKE_OVER_ALL, {})
-    return await _load(conn, statements.TAKE_OVER, {"drop_ids": list(drop_ids)})
+        return await _load(conn, statements.TAKE_OVER_ALL, {}, heard)
+    return await _load(conn, statements.TAKE_OVER, {"drop_ids": list(drop_ids)}, heard)
 
 
-async def reclaim(conn: TrioConnection, drop_id: DropId, epoch: int, epoch_max: int) -> list[DropRecord]:
+async def reclaim(
+    conn: TrioConnection, drop_id: DropId, epoch: int, epoch_max: int, heard: Callable[[], None]
+) -> list[DropRecord]:
     """The drop, taken over if its epoch is one of `epoch … epoch_max`; otherwise as `take_over`."""
     wanted = {"drop_id": drop_id, "epoch_min": epoch, "epoch_max": epoch_max}
-    return await _load(conn, statements.RECLAIM, wanted)
+    return await _load(conn, statements.RECLAIM, wanted, heard)
 
 
-async def _load(conn: TrioConnection, raising: LiteralString, wanted: dict[str, Any]) -> list[DropRecord]:
+async def _load(
+    conn: TrioConnection, raising: LiteralString, wanted: dict[str, Any], heard: Callable[[], None]
+) -> list[DropRecord]:
     cursor = await conn.execute(raising, wanted)
     records = {record.terms.id: record for record in map(_record, await cursor.fetchall())}
-    await _load_holds(conn, records)
-    await _load_newest_ended(conn, records)
-    await _load_latest_purchases(conn, records)
+    heard()
+    await _load_holds(conn, records, heard)
+    await _load_newest_ended(conn, records, heard)
+    await _load_latest_purchases(conn, records, heard)
     return list(records.values())
 
 
@@ -85,30 +92,34 @@ def _record(row: Row) -> DropRecord:
     )
 
 
-async def _load_holds(conn: TrioConnection, records: dict[DropId, DropRecord]) -> None:
+async def _load_holds(conn: TrioConnection, records: dict[DropId, DropRecord], heard: Callable[[], None]) -> None:
     def take(rows: list[Row]) -> None:
         for drop_id, id_, user_id, qty, created_at, expires_at in rows:
             record = records[drop_id]
             # The record's own id object: a million holds of one drop share it.
             record.holds.append(Hold(id_, record.terms.id, user_id, qty, created_at, expires_at))
 
-    await _read(conn, statements.HOLDS, [id_ for id_, record in records.items() if record.held_count], take)
+    await _read(conn, statements.HOLDS, [id_ for id_, record in records.items() if record.held_count], take, heard)
 
 
-async def _load_newest_ended(conn: TrioConnection, records: dict[DropId, DropRecord]) -> None:
+async def _load_newest_ended(
+    conn: TrioConnection, records: dict[DropId, DropRecord], heard: Callable[[], None]
+) -> None:
     statuses = {status.value: status for status in ReservationStatus}
 
     def take(rows: list[Row]) -> None:
         for drop_id, user_id, status in rows:
             records[drop_id].newest_ended[user_id] = statuses[status]
 
-    await _read(conn, statements.NEWEST_ENDED, list(records), take)
+    await _read(conn, statements.NEWEST_ENDED, list(records), take, heard)
     for record in records.values():
         for hold in record.holds:
             record.newest_ended.pop(hold.user_id, None)
 
 
-async def _load_latest_purchases(conn: TrioConnection, records: dict[DropId, DropRecord]) -> None:
+async def _load_latest_purchases(
+    conn: TrioConnection, records: dict[DropId, DropRecord], heard: Callable[[], None]
+) -> None:
     latest: dict[DropId, list[LatestPurchase]] = {id_: [] for id_, record in records.items() if record.sold_count}
 
     def take(rows: list[Row]) -> None:
@@ -116,7 +127,7 @@ async def _load_latest_purchases(conn: TrioConnection, records: dict[DropId, Dro
             purchase = LatestPurchase(user_id, username or default_username(user_id), qty, created_at)
             latest[drop_id].append(purchase)
 
-    await _read(conn, statements.LATEST_PURCHASES, list(latest), take)
+    await _read(conn, statements.LATEST_PURCHASES, list(latest), take, heard)
     for id_, purchases in latest.items():
         records[id_] = msgspec.structs.replace(records[id_], latest_purchases=tuple(purchases))
 
@@ -126,6 +137,7 @@ async def _read(
     statement: LiteralString,
     drop_ids: list[DropId],
     take: Callable[[list[Row]], None],
+    heard: Callable[[], None],
 ) -> None:
     if not drop_ids:
         return
@@ -133,3 +145,4 @@ async def _read(
         await cursor.execute(statement, {"drop_ids": drop_ids})
         while rows := await cursor.fetchmany(_ROWS_AT_ONCE):
             take(rows)
+            heard()

@@ -46,7 +46,7 @@ class ClockSkew(StartRefused):
 
 
 class UnsupportedServer(StartRefused):
-    """The server is too old."""
+    """The server is too old, or not reached directly."""
 
 
 class AnotherEngine(StartRefused):
@@ -75,10 +75,15 @@ async def check_settings(conn: TrioConnection, *, allow_unsafe_durability: bool)
     """
     if conn.info.server_version < _SERVER_VERSION_MIN:
         raise UnsupportedServer("PostgreSQL 15 or newer is needed")
-    row = await _row(
+    backend_pid, *row = await _row(
         conn,
-        "SELECT current_setting('fsync'), current_setting('full_page_writes'), current_setting('synchronous_commit')",
+        "SELECT pg_backend_pid(),"
+        " current_setting('fsync'), current_setting('full_page_writes'), current_setting('synchronous_commit')",
     )
+    if backend_pid != conn.info.backend_pid:
+        # It would lend each transaction another session: the lock, the settings and the backend in doubt would be
+        # those of whoever comes next.
+        raise UnsupportedServer("a connection pooler stands before PostgreSQL: name the server itself in DATABASE_URL")
     names = ("fsync", "full_page_writes", "synchronous_commit")
     # Of synchronous_commit only "off" acknowledges before the local flush.
     off = [name for name, value in zip(names, row, strict=True) if value == "off"]

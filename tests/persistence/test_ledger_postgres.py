@@ -18,12 +18,12 @@ from api.settings import load
 from engine.ledger import Batch, Change, InDoubt, LedgerFault, Rejected, Resolution, StorageFull, Unavailable
 from engine.model import DropRecord, Instant
 from persistence import ledger as ledger_module
-from persistence import resolution, startup
+from persistence import resolution, startup, statements
 from persistence.embedded import EmbeddedServer
 from persistence.ledger import PostgresLedger, open_ledger
 from persistence.migrate import downgrade
 from persistence.schema import SchemaOutdated
-from persistence.startup import AnotherEngine, ClockSkew, UnsafeDurability
+from persistence.startup import AnotherEngine, ClockSkew, StartRefused, UnsafeDurability
 from persistence.trio_pg import ConnectionLost, TrioConnection
 from tests.persistence.scribe import Scribe, at, user
 from tests.persistence.subjects import TEST_OPTIONS, PostgresSubject, lose_answers, postgres_subject
@@ -285,6 +285,29 @@ async def test_a_birth_in_doubt_waits_until_its_backend_is_gone(database: str) -
         ledger._options = TEST_OPTIONS
         assert await ledger.resolve(batch) == {scribe.drop_id: Resolution(False, None)}
         assert await ledger.take_over([scribe.drop_id]) == []
+
+
+async def test_a_birth_in_doubt_waits_for_its_own_backend_and_for_no_other(database: str) -> None:
+    options = replace(TEST_OPTIONS, commit_timeout_s=0.2)
+    async with open_ledger(database, options) as ledger:
+        scribe, newcomer = Scribe(), Scribe()
+        await ledger.commit([scribe.birth()])
+        scribe.reserves(user())
+        change = [scribe.change()]
+        pid = writer_pid(ledger)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(InDoubt):
+                await ledger.commit(change)
+            assert await ledger.resolve(change) == {scribe.drop_id: Resolution(False, 2)}
+            birth = [newcomer.birth()]
+            lose_answers(await ledger._ready_writer(), run=True)
+            with pytest.raises(InDoubt):
+                await ledger.commit(birth)
+            assert await ledger.resolve(birth) == {newcomer.drop_id: Resolution(True, 2)}
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await until_gone(database, pid)
 
 
 async def test_a_resolution_that_broke_off_can_be_asked_again_and_keeps_the_drop(
@@ -612,6 +635,14 @@ async def test_a_server_that_may_forget_is_refused(database: str, session: TrioC
             pytest.fail("it was let in")
 
 
+async def test_a_pooler_before_the_server_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pooler makes the process number up that it sends for cancel requests."""
+    monkeypatch.setattr(psycopg.ConnectionInfo, "backend_pid", 1)
+    with pytest.raises(StartRefused, match="a connection pooler stands before PostgreSQL"):
+        async with open_ledger(database, TEST_OPTIONS):
+            pass
+
+
 async def test_a_database_without_a_schema_is_refused_with_the_command_to_run(empty_database: str) -> None:
     with pytest.raises(SchemaOutdated, match=r"has schema \(none\).*holdfast migrate"):
         async with open_ledger(empty_database, TEST_OPTIONS):
@@ -643,6 +674,67 @@ async def test_a_clock_that_disagrees_is_refused(database: str, off_s: float) ->
 
 
 # Instants -----------------------------------------------------------------------------------------------
+
+
+# Taking over ------------------------------------------------------------------------------------------------
+
+
+async def test_a_load_goes_on_as_long_as_rows_come(
+    database: str, subject: PostgresSubject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    scribe.reserves(user())
+    await subject.ledger.commit([scribe.change()])
+    slow = statements.HOLDS + " AND pg_sleep(0.3) IS NOT NULL"
+    monkeypatch.setattr(statements, "HOLDS", slow)
+    subject.ledger._options = replace(TEST_OPTIONS, take_over_timeout_s=0.2, load_silence_s=5.0)
+    assert counts(await subject.ledger.take_over(None)) == (9, 1, 0, 2)
+    record = await subject.ledger.reclaim(scribe.drop_id, 2)
+    assert record is not None
+    assert counts([record]) == (9, 1, 0, 2)
+    subject.ledger._options = replace(TEST_OPTIONS, take_over_timeout_s=5.0, load_silence_s=0.2)
+    with pytest.raises(Unavailable, match="not done within"):
+        await subject.ledger.take_over(None)
+
+
+async def test_a_roles_limit_for_statements_does_not_end_a_load(
+    subject: PostgresSubject, database: str, session: TrioConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scribe = Scribe()
+    await born(subject, scribe)
+    scribe.reserves(user())
+    await subject.ledger.commit([scribe.change()])
+    monkeypatch.setattr(statements, "HOLDS", statements.HOLDS + " AND pg_sleep(0.3) IS NOT NULL")
+    name = session.info.dbname
+    await session.execute(f'ALTER DATABASE "{name}" SET statement_timeout = 100'.encode())
+    assert counts(await subject.ledger.take_over(None)) == (9, 1, 0, 2)
+
+
+async def test_drops_that_are_reloaded_together_take_few_connections(
+    subject: PostgresSubject, session: TrioConnection, database: str
+) -> None:
+    scribes = [Scribe() for _ in range(30)]
+    await born(subject, *scribes)
+    most = 0
+    async with (
+        trio.open_nursery() as nursery,
+        await TrioConnection.connect(database, timeout_s=5) as holder,
+        holder.transaction(),
+    ):
+        await holder.execute("SELECT 1 FROM drops FOR UPDATE")
+        for scribe in scribes:
+            nursery.start_soon(subject.ledger.reclaim, scribe.drop_id, 1)
+        for _ in range(20):
+            cursor = await session.execute(
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE application_name = 'holdfast ledger' AND datname = current_database()"
+            )
+            row = await cursor.fetchone()
+            assert row is not None
+            most = max(most, row[0])
+            await trio.sleep(0.02)
+    assert 0 < most <= 8
 
 
 async def test_every_millisecond_survives_the_round_trip(subject: PostgresSubject) -> None:

@@ -119,7 +119,10 @@ def two_engines() -> None:
     edit(
         PostgresLedger,
         "reclaim",
-        ("loading.reclaim(conn, drop_id, epoch, epoch_max)", "loading.take_over(conn, [drop_id])"),
+        (
+            "loading.reclaim(conn, drop_id, epoch, epoch_max, self._patience(scope))",
+            "loading.take_over(conn, [drop_id], self._patience(scope))",
+        ),
     )
 
     def around(found: Any) -> Any:
