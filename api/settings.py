@@ -1,7 +1,7 @@
 """Every setting and limit: name, default, unit and reason in one table, validated once, before anything starts.
 
-`load` is the only reader of the environment and of `.env`; everybody else is handed a `Settings`. All that is wrong is
-said at once. README's table and `.env.example` are tested against `SETTINGS`.
+`load` is the only reader of settings, from the environment and `.env`; everybody else is handed a `Settings`. All that
+is wrong is said at once. README's table and `.env.example` are tested against `SETTINGS`.
 """
 
 import ipaddress
