@@ -46,6 +46,7 @@ log = structlog.get_logger()
 
 RESTART_S = 0.05  # before the first reload of a crashed drop; doubles with each crash that follows soon
 RESTART_MAX_S = 10.0
+SEARCHES_MAX = 4  # drops that are loaded at once because somebody asks for them
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -110,7 +111,8 @@ class Registry:
         self._rests: dict[DropId, tuple[float, float]] = {}
         self._out_of_service: dict[DropId, FaultCode] = {}
         self._last_epochs: dict[DropId, int] = {}  # of drops that another engine took over
-        self._finding = trio.Lock()
+        self._searches: dict[DropId, _Search] = {}
+        self._searching = trio.CapacityLimiter(SEARCHES_MAX)
         self._restarts = 0
         self._nursery: trio.Nursery | None = None
 
@@ -181,12 +183,32 @@ class Registry:
             Unavailable: it is not in memory, and the ledger is out of reach.
         """
         if not self._knows(drop_id):  # what is in memory never waits for the ledger
-            async with self._finding:
-                if not self._knows(drop_id):
-                    for record in await self._ledger.take_over([drop_id]):
-                        self._adopt(record)
+            assert self._nursery is not None, "the registry is not open"
+            search = self._searches.get(drop_id)
+            if search is None:
+                search = self._searches[drop_id] = _Search()
+                self._nursery.start_soon(self._search, drop_id, search)
+            await search.ended.wait()
+            if search.failure is not None:
+                raise Unavailable(search.failure)
         out = self._out_of_service.get(drop_id)
         return self.board.drop(drop_id) if out is None else Fault(out)
+
+    async def _search(self, drop_id: DropId, search: "_Search") -> None:
+        """Load a drop, for all who ask for it meanwhile, and to its end: a long history outlasts their patience."""
+        try:
+            async with self._searching:
+                for record in await self._ledger.take_over([drop_id]):
+                    self._adopt(record)
+            search.failure = None
+        except Unavailable as fault:
+            search.failure = str(fault)
+        except Exception as bug:  # a bug of one drop is nobody else's
+            log.error("drop_not_loaded", drop_id=drop_id, reason=repr(bug), exc_info=bug)
+            search.failure = "the drop could not be loaded"
+        finally:
+            del self._searches[drop_id]
+            search.ended.set()
 
     def epoch_of(self, drop_id: DropId) -> int | None:
         """The epoch under which a drop is ours, or was until it was let go; None: it is not in memory.
@@ -380,6 +402,16 @@ class Registry:
             self._last_epochs[drop_id] = actor.epoch  # what was committed under it may not be answered yet
             actor.stop_serving(FaultCode.FENCED)
             self._retire(drop_id)
+
+
+class _Search:
+    """A drop that is being loaded; why it was not, once that has `ended`."""
+
+    __slots__ = ("ended", "failure")
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.failure: str | None = "the engine stopped meanwhile"
 
 
 class _Waiter:

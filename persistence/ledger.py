@@ -274,10 +274,10 @@ class PostgresLedger:
         if drop_ids is not None and not drop_ids:
             return []
         options = self._options
-        # For one that somebody asks for, others that are asked for wait; before the start there is nobody.
+        # Somebody waits for one that is asked for; before the start there is nobody.
         timeout_s = options.take_over_timeout_s if drop_ids is None else options.connect_timeout_s
         async with self._session() as conn, _bounded(timeout_s) as scope:
-            heard = self._patience(scope) if drop_ids is None else _no_more
+            heard = self._patience(scope)
             return await self._behind_locks(conn, lambda: loading.take_over(conn, drop_ids, heard))
 
     async def reclaim(self, drop_id: DropId, epoch: int) -> DropRecord | None:
@@ -400,10 +400,6 @@ async def _bounded(timeout_s: float) -> AsyncIterator[trio.CancelScope]:
     if scope.cancelled_caught:
         waited_s = trio.current_time() - began
         raise Unavailable(f"not done within {waited_s:.3g} s: rows stay locked, or a backend does not go away")
-
-
-def _no_more() -> None:
-    """Wait no longer than was said."""
 
 
 async def _set(conn: TrioConnection, settings: Mapping[str, str]) -> None:

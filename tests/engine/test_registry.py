@@ -221,6 +221,52 @@ async def test_only_a_drop_that_is_not_in_memory_cannot_be_found_in_an_outage(au
         assert counts(await found(on)) == (2, 0, 1)
 
 
+async def test_a_drop_whose_history_takes_long_to_load_is_loaded_when_its_asker_has_gone(
+    autojump_clock: MockClock,
+) -> None:
+    ledger = await ended_drop()
+    ledger.latency_s = 0.1
+    async with stage(ledger) as on:
+        await on.make_drop(2, OTHER)
+        ledger.latency_s = 20.0
+        with trio.move_on_after(5) as patience:
+            await on.registry.find(DROP)
+        assert patience.cancelled_caught
+        ledger.latency_s = 0.1
+        began = trio.current_time()
+        ledger.is_down = True
+        with pytest.raises(Unavailable):  # another one, meanwhile, hears at once what the ledger says
+            await on.registry.find(DropId("none"))
+        ledger.is_down = False
+        assert await on.registry.find(DropId("none")) is None
+        assert trio.current_time() - began < 1
+        await trio.sleep(20)
+        with trio.fail_after(0):
+            assert counts(await found(on)) == (2, 0, 1)
+        assert ledger.tables.drops[DROP].epoch == 2
+
+
+async def test_who_looks_for_a_drop_while_the_engine_ends_is_not_told_that_there_is_none(
+    autojump_clock: MockClock,
+) -> None:
+    ledger = await ended_drop()
+    async with trio.open_nursery() as nursery:
+        async with stage(ledger) as on:
+            ledger.latency_s = 20.0
+            told: list[object] = []
+
+            async def look() -> None:
+                try:
+                    told.append(await on.registry.find(DROP))
+                except Unavailable as fault:
+                    told.append(str(fault))
+
+            nursery.start_soon(look)
+            await trio.sleep(1)
+        await trio.sleep(1)
+        assert told == ["the engine stopped meanwhile"]
+
+
 async def test_what_is_in_memory_is_found_at_once_while_another_drop_is_looked_for(autojump_clock: MockClock) -> None:
     ledger = await ended_drop()
     async with stage(ledger) as on:
