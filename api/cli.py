@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 import psycopg
 import structlog
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         # Whoever read our output has seen enough. Python would complain once more while it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         return failed
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -71,6 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sentence = f"This is a mistake in Holdfast, not yours: {type(error).__name__}"
         _complain(logs.redact_text(" ".join(sentence.split())))
         return failed
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            # Python keeps the last lines of a log that cannot be written, tries once more while it closes stderr, and
+            # makes the exit code 120 when that fails, of whatever was done.
+            _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what is written there go nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,6 +5,8 @@ line that is written on its behalf: bind it with `structlog.contextvars.bound_co
 
 Redaction comes last before the writing, so that it also sees exception texts: a value whose key names a secret is
 replaced whole, at any depth, and in every text the credentials that are recognisable as such.
+
+A log that cannot be written (its disk is full, its reader is gone) stops nobody: who has to sell goes on without it.
 """
 
 import json
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Final, TextIO
+from typing import Any, Final, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor
@@ -60,6 +62,7 @@ def configure(level: str, format: LogFormat, stream: TextIO | None = None) -> No
     """
     stream = stream or sys.stderr
     renderer = _renderer(format, stream)
+    lines = _Lines(stream, renderer)
     common: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -70,11 +73,11 @@ def configure(level: str, format: LogFormat, stream: TextIO | None = None) -> No
     structlog.configure(
         processors=[*common, redact_event, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(_number_of(level)),
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, lines)),  # it writes and flushes, no more
         # A logger that was cached would keep the stream and the level of an earlier call.
         cache_logger_on_first_use=False,
     )
-    _route_stdlib(level, common, renderer, stream)
+    _route_stdlib(level, common, renderer, lines)
 
 
 def redact_text(text: str) -> str:
@@ -141,15 +144,48 @@ def _number_of(level: str) -> int:
     return logging.getLevelNamesMapping()[level.upper()]
 
 
+class _Lines:
+    """Where lines go. How many could not be written is said once, as soon as one can.
+
+    Some of those may still stand there: Python keeps the last few KiB that a stream did not take, and tries again.
+    """
+
+    def __init__(self, stream: TextIO, renderer: Processor) -> None:
+        self._stream = stream
+        self._renderer = renderer
+        self._unwritten = 0
+
+    def write(self, line: str) -> None:
+        if not self._is_written(line):
+            self._unwritten += 1
+        elif self._unwritten:
+            event = {"level": "warning", "event": "log_could_not_be_written", "lines": self._unwritten}
+            # Not by a logger: this one's lock is held while it writes.
+            told = cast(str, self._renderer(None, "warning", _stamp(None, "warning", event)))
+            if self._is_written(told + "\n"):
+                self._unwritten = 0
+
+    def flush(self) -> None:
+        """Each line is flushed already: only then is it known whether it was written."""
+
+    def _is_written(self, line: str) -> bool:
+        try:
+            self._stream.write(line)
+            self._stream.flush()
+        except (OSError, ValueError):  # the latter: the stream is closed
+            return False
+        return True
+
+
 # Lines of libraries -----------------------------------------------------------------------------------
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+class _Handler(logging.StreamHandler[_Lines]):
     """The one handler that is ours; `configure` replaces it and leaves those of others (pytest's) alone."""
 
 
-def _route_stdlib(level: str, common: list[Processor], renderer: Processor, stream: TextIO) -> None:
-    handler = _Handler(stream)
+def _route_stdlib(level: str, common: list[Processor], renderer: Processor, lines: _Lines) -> None:
+    handler = _Handler(lines)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.ExtraAdder(), _name_logger, *common],

@@ -1,22 +1,28 @@
 """Log lines: their shape, the request's id in them, libraries' lines like ours, and no secret anywhere."""
 
+import contextlib
+import errno
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
+import httpx
 import pytest
 import structlog
 import trio
 
 from api import logs
 from api.logs import LogFormat, redact_text
+from tests.server import Server
 
 ROUTED = ("hypercorn.error", "quart.app", "alembic.runtime.migration")
 
@@ -39,15 +45,21 @@ class Written:
 
 
 @pytest.fixture
-def written() -> Iterator[Written]:
+def restored() -> Iterator[None]:
+    """Logging as it was before, after a test that configures it."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    written = Written()
-    logs.configure("INFO", LogFormat.JSON, written.stream)
-    yield written
+    yield
     root.handlers[:], root.level = handlers, level
     logging.captureWarnings(False)
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def written(restored: None) -> Written:
+    written = Written()
+    logs.configure("INFO", LogFormat.JSON, written.stream)
+    return written
 
 
 log = structlog.get_logger()
@@ -245,6 +257,82 @@ def test_a_hostile_text_costs_no_more_than_its_length() -> None:
         began = time.perf_counter()
         redact_text(piece * (100_000 // len(piece)))
         assert time.perf_counter() - began < 5, piece
+
+
+class Disk(io.StringIO):
+    """A stream that takes nothing while it is full."""
+
+    is_full = False
+
+    def write(self, text: str) -> int:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def unwritable(way: str) -> TextIO:
+    if way == "disk is full":
+        return open("/dev/full", "w")  # noqa: PTH123 - its end is part of the test
+    if way == "stream is closed":
+        stream = io.StringIO()
+        stream.close()
+        return stream
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+@pytest.mark.parametrize("way", ["disk is full", "nobody reads the pipe", "stream is closed"])
+def test_a_line_that_cannot_be_written_stops_nobody(
+    way: str, restored: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = unwritable(way)
+    logs.configure("INFO", LogFormat.JSON, stream)
+    for _ in range(1_000):  # more than Python keeps of them
+        log.error("ours", text="x" * 100)
+        logging.getLogger("quart.app").error("theirs")
+    with contextlib.suppress(OSError):
+        stream.close()
+    log.error("ours")
+    assert capsys.readouterr().err == ""  # `logging` complains there of what it cannot write
+
+
+def test_how_many_lines_could_not_be_written_is_said_once(restored: None) -> None:
+    disk = Disk()
+    logs.configure("INFO", LogFormat.JSON, disk)
+    log.info("before")
+    disk.is_full = True
+    log.info("lost")
+    logging.getLogger("quart.app").info("lost")
+    disk.is_full = False
+    log.info("after")
+    log.info("later")
+
+    lines = [json.loads(line) for line in disk.getvalue().splitlines()]
+    assert [line["event"] for line in lines] == ["before", "after", "log_could_not_be_written", "later"]
+    assert (lines[2]["level"], lines[2]["lines"]) == ("warning", 2)
+    assert list(lines[2])[:3] == ["timestamp", "level", "event"]
+
+
+class Unheard(Server):
+    """Its log goes to /dev/full, of which nobody may read: it has no end."""
+
+    def log(self) -> str:
+        return "(on a full disk)"
+
+
+def test_the_server_goes_on_when_its_log_is_on_a_full_disk(database: str) -> None:
+    server = Unheard(database, Path("/dev/full"))
+    try:
+        server.start()
+        began = time.monotonic()
+        while time.monotonic() < began + 2.5:  # the hot lane writes a line a second about what it answered
+            answer = httpx.get(f"{server.url}/api/v1/drops/0190a3c4-0000-7000-8000-00000000000a")
+            assert answer.json()["error"]["code"] == "DROP_NOT_FOUND"
+            time.sleep(0.1)
+    finally:
+        code = server.stop()
+    assert code == 0
 
 
 def test_the_console_format_is_for_eyes_and_goes_to_stderr() -> None:
