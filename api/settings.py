@@ -307,7 +307,8 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     ),
     _setting(
         "JWT_SECRET", None, "bytes", (f"at least {JWT_SECRET_BYTES_MIN} bytes", _jwt_secret),
-        f"Key of the tokens (HS256), {JWT_SECRET_BYTES_MIN} bytes or more; needed with `AUTH_MODE=jwt`.",
+        f"Key of the tokens (HS256), {JWT_SECRET_BYTES_MIN} bytes or more; needed with `AUTH_MODE=jwt`. The issuer's"
+        " clock and ours may be 2 s apart: `exp`, `nbf` and `iat` are taken with so much leeway.",
         is_secret=True,
     ),
     _setting("JWT_ISSUER", None, "", TEXT, "When set, tokens of any other issuer (`iss`) are refused."),
