@@ -1,7 +1,8 @@
 """Who is asking: an id and a name from the headers, or from a signed token.
 
 `AUTH_MODE=header` trusts `X-User-Id` (a placeholder: for development, or behind a proxy that sets it);
-`AUTH_MODE=jwt` wants `Authorization: Bearer` with an HS256 token whose `sub` is the user's UUID, `name` optional.
+`AUTH_MODE=jwt` wants `Authorization: Bearer` with an HS256 token whose `sub` is the user's UUID, and whose
+`name`, where it is one, is what a new user is to be called.
 """
 
 from collections import deque
@@ -143,7 +144,13 @@ class Authenticator:
         if user_id is None:
             raise ApiError(401, "INVALID_X_USER_ID", "X-User-Id must be a UUID.")
         name = headers.get("x-user-name")
-        return UserId(user_id), None if name is None else _name(_from_latin_1(name), "X-User-Name")
+        if name is None:
+            return UserId(user_id), None
+        wanted_name = _name_or_none(_from_latin_1(name))
+        if wanted_name is None:
+            limits = f"{NAME_LENGTH_MIN} to {NAME_LENGTH_MAX}"
+            raise invalid([Detail("X-User-Name", f"must be {limits} characters, without control characters")])
+        return UserId(user_id), wanted_name
 
     def _from_token(self, authorization: str | None) -> tuple[UserId, str | None]:
         scheme, _, token = (authorization or "").partition(" ")
@@ -167,7 +174,8 @@ class Authenticator:
         if user_id is None:
             raise ApiError(401, "INVALID_TOKEN", "The token is not valid: its sub is no UUID.")
         name = claims.get("name")
-        return UserId(user_id), _name(name, "token: name") if isinstance(name, str) else None
+        # One that is no name here counts as none: its bearer could not change what another has signed.
+        return UserId(user_id), _name_or_none(name) if isinstance(name, str) else None
 
 
 def _from_latin_1(text: str) -> str:
@@ -177,15 +185,12 @@ def _from_latin_1(text: str) -> str:
     return text
 
 
-def _name(text: str, where: str) -> str:
-    """A name that its bearer asked for."""
+def _name_or_none(text: str) -> str | None:
+    """The name that its bearer asked for, if a user may be called so."""
     name = text.strip()
     # Half a surrogate pair is text to JSON, and to nothing else.
     is_text = name.encode(errors="replace").decode() == name and not schemas.CONTROL.search(name)
-    if not NAME_LENGTH_MIN <= len(name) <= NAME_LENGTH_MAX or not is_text:
-        limits = f"{NAME_LENGTH_MIN} to {NAME_LENGTH_MAX}"
-        raise invalid([Detail(where, f"must be {limits} characters, without control characters")])
-    return name
+    return name if is_text and NAME_LENGTH_MIN <= len(name) <= NAME_LENGTH_MAX else None
 
 
 def _auth_required(message: str) -> ApiError:

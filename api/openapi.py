@@ -117,7 +117,8 @@ def document() -> dict[str, Any]:
                     "type": "http",
                     "scheme": "bearer",
                     "bearerFormat": "JWT",
-                    "description": "HS256; `sub` is the user's UUID, `exp` is needed, `name` may be there "
+                    "description": "HS256; `sub` is the user's UUID, `exp` is needed; `name`, where it has "
+                    f"{NAME_LENGTH_MIN} to {NAME_LENGTH_MAX} characters, is what a new user is to be called "
                     "(`AUTH_MODE=jwt`).",
                 },
             },

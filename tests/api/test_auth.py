@@ -397,12 +397,18 @@ async def test_token_that_names_an_audience_is_refused_where_we_have_no_name() -
     assert await refusal(token(aud="shop"), by_token()) == "INVALID_TOKEN"
 
 
-@pytest.mark.parametrize("name", ["an", "x" * 51, "a\x00nn", "\ud800ann", "ann\udfff"])
-async def test_name_in_a_token_that_is_none_is_422(name: str) -> None:
+@pytest.mark.parametrize("name", ["", "an", " an ", "x" * 51, "a\x00nn", "\ud800ann", "ann\udfff"])
+async def test_name_in_a_token_that_cannot_be_used_is_no_name(name: str) -> None:
     people = People()
 
-    assert await refusal(token(name=name), by_token(), people) == "VALIDATION_ERROR"
-    assert people.asked == []
+    assert await caller(token(name=name), by_token(), people) == Caller(ANN, "user_a")
+    assert people.asked == [[(ANN, None)]]
+
+
+async def test_name_in_a_token_that_cannot_be_used_keeps_no_known_user_out() -> None:
+    async with directory_of(People()) as users:
+        users.learn(ANN, "ann")
+        assert await in_trio(Authenticator(by_token(), users).caller(token(name="an"))) == Caller(ANN, "ann")
 
 
 async def test_name_in_a_token_is_text_already() -> None:
