@@ -268,8 +268,10 @@ class Reader:
 
     def _upgrade(self, rest: bytes) -> None:
         """A request that asks for another protocol: let it, where we speak that; else it is a request like others."""
-        if self.failure is not None:
-            return  # a CONNECT: what is before it in this read is whole, and none of this
+        if self.failure is not None or not self.messages or not self.messages[-1].is_upgrade:
+            # A CONNECT, or one after the last request that counts: what is before it in this read is whole, and none
+            # of this.
+            return
         message = self.messages[-1]
         wanted = message.headers.get(b"upgrade", b"").strip(b" \t").lower()
         # Not h2c: a proxy that lets WebSockets through would relay what follows unread, and with it who the caller says

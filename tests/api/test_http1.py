@@ -327,6 +327,18 @@ def test_what_follows_the_last_request_of_a_connection_does_not_count(last: byte
         assert reader.failure is None
 
 
+@pytest.mark.parametrize("second", [WEBSOCKET, H2C + b"\r\n", b"CONNECT h:80 HTTP/1.1\r\nHost: h\r\n\r\n"])
+def test_other_protocol_after_the_last_request_of_a_connection_is_none_of_that_request(second: bytes) -> None:
+    # The parser reads on after a request in 1.0 that says keep-alive; we don't.
+    first = b'POST /a HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: 7\r\n\r\n{"a":1}'
+    data = first + second + b'{"b":2}'
+
+    for pieces in ([data], *cuts_of(data)):
+        message = only(*pieces)
+        assert (message.method, message.body, message.rest) == (b"POST", b'{"a":1}', b"")
+        assert not message.keeps_alive
+
+
 def test_garbage_after_the_last_request_is_no_failure() -> None:
     reader = read(HEAD + b"Connection: close\r\n\r\n" + b"\0" * 100)
 
