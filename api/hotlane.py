@@ -62,8 +62,10 @@ REPORT_S: Final = 1.0  # between two lines of the log about what was answered
 # Connections beyond `connections_max` that are told so, each for up to `LINGER_S`; the next are closed without a word,
 # so that they leave the descriptors alone that `front` keeps for the database.
 REFUSED_MAX: Final = 100
-HEADS_MAX: Final = 1_000  # heads of answers remembered within a second; origins are the clients' choice
+# Heads of answers remembered within a second; where every origin may read, origins are the clients' choice.
+HEADS_MAX: Final = 1_000
 KNOWN_MAX: Final = 10_000  # targets whose route is remembered
+ID_LENGTH: Final = 36  # of a drop's id as it is shown; other targets are found anew, and may be 2,000 bytes long
 
 # The headers that handlers read, as they come and as handlers know them.
 HEADERS: Final = tuple(
@@ -606,6 +608,8 @@ class HotLane:
         if second != self._heads_of or len(self._heads) > HEADS_MAX:
             self._heads_of = second
             self._heads.clear()
+        if origin is not None and not self._settings.allows_origin(origin):
+            origin = None  # it would be the same head, under a name of the client's choice and of any length
         key = answer.status_code, answer.headers, origin, is_last
         head = self._heads.get(key)
         if head is None:
@@ -638,7 +642,8 @@ class HotLane:
         for method, pattern, route in HOT:
             if method == message.method and (match := pattern.fullmatch(message.target)) is not None:
                 found = route, {"id": match[1].decode()}
-                if method != b"DELETE":  # the same few drops, over and over; a reservation is cancelled once
+                # The same few drops, over and over; a reservation is cancelled once.
+                if method != b"DELETE" and len(match[1]) == ID_LENGTH:
                     if len(self._known) >= KNOWN_MAX:
                         self._known.clear()
                     self._known[method, message.target] = found

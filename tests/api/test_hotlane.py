@@ -180,6 +180,31 @@ async def test_many_peers_are_served_side_by_side(running: Running) -> None:
             nursery.start_soon(talk)
 
 
+async def test_only_targets_that_may_name_a_drop_are_remembered(running: Running) -> None:
+    async with running() as lane:
+        peer = await lane.connect()
+        for id in ("a" * 1_900, ID[:-1], f"{ID}0", ID):
+            await peer.send(f"GET /api/drops/{id} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            assert await peer.status() == 503
+        assert list(lane.hot._known) == [(b"GET", f"/api/drops/{ID}".encode())]
+
+
+async def test_only_origins_that_may_read_an_answer_are_remembered(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 1_790_000_000.0)  # heads are remembered for a second
+    async with running(CORS_ORIGINS="https://shop.example") as lane:
+        peer = await lane.connect()
+        heads = []
+        for origin in ("", "Origin: https://evil.example\r\n", "Origin: https://shop.example\r\n"):
+            await peer.send(HOT[:-2] + f"X-Request-Id: one\r\n{origin}\r\n".encode())
+            assert await peer.status() == 503
+            heads.append(peer.head)
+        assert {key[2] for key in lane.hot._heads} == {None, "https://shop.example"}
+    assert heads[0] == heads[1]
+    assert "access-control-allow-origin: https://shop.example\r\n" in heads[2]
+
+
 @pytest.mark.parametrize("half", [b"P", b"POST /", HOT[:-2]], ids=["method", "line", "head"])
 async def test_head_that_does_not_come_is_given_up(
     running: Running, monkeypatch: pytest.MonkeyPatch, half: bytes
