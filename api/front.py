@@ -17,14 +17,17 @@ from quart_trio import QuartTrio
 
 from api.cold import ColdLane
 from api.handlers import Gate
-from api.hotlane import HotLane
+from api.hotlane import REFUSED_MAX, HotLane
 from api.settings import Settings
 from api.sockets import Sockets
 
 log = structlog.get_logger()
 
 BACKLOG: Final = 4096  # connections that the kernel holds while we are busy: the burst of a drop's first instant
-DESCRIPTORS_KEPT: Final = 200  # for the database, files and listening sockets
+DESCRIPTORS_KEPT_MIN: Final = 200
+# Beside the pool of reads and those who are told that there are too many of them: the writer, the lock and what takes
+# their place after an outage, listening sockets, epoll sets, files. A server at work has about 20 of these.
+DESCRIPTORS_OF_OURS: Final = 50
 
 
 class PortTaken(Exception):
@@ -53,17 +56,21 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return listening
 
 
-def make_room(connections_max: int) -> int:
-    """Let this process open as many sockets as it may serve, as far as the system lets it; how many those are then."""
+def make_room(connections_max: int, pool_size: int) -> int:
+    """Let this process open as many sockets as it may serve, as far as the system lets it; how many those are then.
+
+    However many come, the database can still be reached.
+    """
+    kept = max(DESCRIPTORS_KEPT_MIN, pool_size + REFUSED_MAX + DESCRIPTORS_OF_OURS)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections_max + DESCRIPTORS_KEPT
+    wanted = connections_max + kept
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return connections_max
     soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft >= wanted:
         return connections_max
-    room = max(1, soft - DESCRIPTORS_KEPT)
+    room = max(1, soft - kept)
     log.warning("few_descriptors", connections_max=connections_max, descriptors=soft, served=room)
     return room
 
@@ -76,7 +83,8 @@ class Front:
         Raises:
             CertificateUnusable: the files of TLS can't be read, or don't belong together.
         """
-        settings = structs.replace(settings, connections_max=make_room(settings.connections_max))
+        served = make_room(settings.connections_max, settings.pool_size)
+        settings = structs.replace(settings, connections_max=served)
         self._sockets = Sockets(settings, gate)
         self._sockets.register(app)
         self._cold = ColdLane(app, settings, self._sockets)
