@@ -68,7 +68,7 @@ Socket.IO 4 is spoken at `/socket.io/`, for the pages of the earlier systems."""
 
 # What any request may come to, whatever it asks for.
 ANY: Final = ("BAD_REQUEST", "HEAD_TIMEOUT", "BODY_TIMEOUT", "URI_TOO_LONG", "HEADERS_TOO_LARGE", "PAYLOAD_TOO_LARGE")
-ANY_FAULT: Final = ("INTERNAL_ERROR",)
+ANY_FAULT: Final = ("INTERNAL_ERROR", FaultCode.OVERLOADED)  # the latter for a connection beyond `CONNECTIONS_MAX`
 # Of what needs the engine.
 UP: Final = (FaultCode.UNAVAILABLE, FaultCode.STOPPING)
 IDENTIFIED: Final = ("AUTH_REQUIRED", "INVALID_X_USER_ID", "INVALID_TOKEN", "ORIGIN_NOT_ALLOWED", "VALIDATION_ERROR")

@@ -123,6 +123,13 @@ def test_unavailable_says_when_to_come_back_and_every_answer_its_request_id() ->
             assert ("Retry-After" in headers) == (status in ("429", "503"))
 
 
+def test_anything_may_be_answered_that_there_are_too_many_connections() -> None:
+    for operation in documented().values():
+        told = resolved(operation["responses"]["503"])["content"]["application/json"]
+        assert "OVERLOADED" in told["schema"]["properties"]["error"]["properties"]["code"]["enum"], operation
+        assert "OVERLOADED" in told["examples"], operation
+
+
 # Well-formed ------------------------------------------------------------------------------------------
 
 
