@@ -129,7 +129,7 @@ class Authenticator:
         """Refuse another site's page: its browser sends the visitor's cookies along, and by those a proxy may know him.
 
         What the browser says of the page is asked, not whether `Host` is its origin's: proxies do not pass that on by
-        default.
+        default. It says so on HTTPS and to this machine alone; for the rest `AUTH_HEADER_TRUSTED` tells the operator.
         """
         if headers.get("sec-fetch-site") in OTHER_SITES and not self._settings.allows_origin(headers["origin"]):
             raise ApiError(403, "ORIGIN_NOT_ALLOWED", "Pages of this origin may not act for their visitors.")

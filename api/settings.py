@@ -303,7 +303,8 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _setting(
         "AUTH_HEADER_TRUSTED", "false", "", YES_OR_NO,
         "Says that a proxy in front sets `X-User-Id` itself and drops what clients send. Without it production refuses"
-        " to start with `AUTH_MODE=header`.",
+        " to start with `AUTH_MODE=header`. A proxy that knows people by cookies must serve HTTPS, or make them"
+        " `SameSite`: on plain HTTP no browser says that another site's page is asking.",
     ),
     _setting(
         "JWT_SECRET", None, "bytes", (f"at least {JWT_SECRET_BYTES_MIN} bytes", _jwt_secret),

@@ -269,6 +269,7 @@ def test_readme_has_a_row_for(setting: Setting) -> None:
     rows = re.findall(rf"^\| *`{setting.name}` *\|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(rows) == 1, f"README's table of settings has {len(rows)} rows for {setting.name}"
     assert setting.documented_default.strip("`") in rows[0]
+    assert setting.reason in rows[0]
 
 
 def test_readme_and_example_name_no_setting_that_does_not_exist() -> None:
@@ -285,6 +286,12 @@ def test_the_example_shows_each_default_and_every_line_of_it_is_valid() -> None:
         if setting.default is not None:
             assert lines[setting.name] == setting.default
     load({**lines, "JWT_SECRET": SECRET}, dotenv=None)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_the_example_says_what_it_is_for(setting: Setting) -> None:
+    (above,) = re.findall(rf"((?:^# .*\n)+)^#{setting.name}=", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    assert setting.reason.replace("`", "") in above.removeprefix("# ").replace("\n# ", " ")
 
 
 def example() -> dict[str, str]:
