@@ -57,9 +57,9 @@ Answers: always JSON, but for pages and feeds. Success is `success`, `data`, `me
 with `code` and `message` (and `details`, where a request is not valid), and `meta`. Where it concerns one drop, \
 `meta.seq` counts that drop's changes, and `meta.epoch` how often an engine has taken it over.
 
-Retrying: every 503 says that nothing happened, but for `OUTCOME_UNKNOWN`. Send an `Idempotency-Key` with what must \
-happen once: a retry with the same key gets the first answer again, byte for byte, with `Idempotency-Replayed: true`, \
-and across restarts too.
+Retrying: every 503 says that this attempt did nothing, but for `OUTCOME_UNKNOWN`; an earlier one, of which you heard \
+nothing, may have done it. Send an `Idempotency-Key` with what must happen once: a retry with the same key gets the \
+first answer again, byte for byte, with `Idempotency-Replayed: true`, and across restarts too.
 
 Identity: in development `X-User-Id` may be any UUID, and is a user from then on. In production a proxy sets it, or \
 (with `AUTH_MODE=jwt`) a bearer token takes its place.

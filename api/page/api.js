@@ -1,7 +1,7 @@
 // The HTTP API: one request after the other until there is an answer that says what happened, or patience runs out.
 //
-// A 503 says that nothing happened, but for OUTCOME_UNKNOWN; that one, and a connection that breaks, leave it open. All of
-// them are asked again with the same Idempotency-Key, so that whatever happened happens once.
+// A 503 says that this attempt did nothing, but for OUTCOME_UNKNOWN; that one, and a connection that breaks, leave it open. All
+// of them are asked again with the same Idempotency-Key, so that whatever happened happens once.
 
 const BASE = new URL("api/v1/", document.baseURI);
 const ANSWER_MS = 8_000; // the server answers within 5 s, if only that it doesn't know
