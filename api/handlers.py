@@ -22,7 +22,7 @@ from api.promises import Errands, Handling, Promise, in_trio
 from api.settings import Settings
 from engine.drop import Drop
 from engine.hub import Hub
-from engine.ledger import Unavailable
+from engine.ledger import InDoubt, Unavailable
 from engine.model import (
     Cancel,
     Cancelled,
@@ -283,6 +283,8 @@ async def create_user(service: Service, request: Request) -> Answer:
         await service.reads.add_user(UserId(user_id), wanted.username, at=service.registry.clock.now())
     except UsernameTaken:
         raise ApiError(409, "USERNAME_TAKEN", "Somebody has that name already.") from None
+    except InDoubt as doubt:
+        raise errors.fault(FaultCode.UNKNOWN) from doubt
     return answers.success(201, {"id": user_id, "username": wanted.username}, request.request_id)
 
 

@@ -538,7 +538,7 @@ def _trying() -> Schema:
                 "Make a user",
                 "In development only; elsewhere there is nothing at this address.",
                 {201: _success(ref("User"), user)},
-                [*WITH_BODY, *UP, "USERNAME_TAKEN", "NOT_FOUND"],
+                [*WITH_BODY, *UP, FaultCode.UNKNOWN, "USERNAME_TAKEN", "NOT_FOUND"],
                 body="NewUser",
             )
         },

@@ -1,7 +1,7 @@
 """Cold reads for the API, and the few writes that are no drop's business: users, old idempotency keys.
 
 Over a pool, beside the engine; nothing here decides anything about stock. Every failure to reach the database
-is `engine.ledger.Unavailable`; each method may be called again after it.
+is `engine.ledger.Unavailable`; each method may be called again after it. `add_user` tells doubt from it.
 """
 
 import math
@@ -14,7 +14,7 @@ import msgspec
 import psycopg
 import trio
 
-from engine.ledger import Unavailable
+from engine.ledger import InDoubt, Unavailable
 from engine.model import (
     Cancelled,
     DropCreated,
@@ -37,7 +37,7 @@ from engine.model import (
 )
 from persistence import statements
 from persistence.pool import Pool
-from persistence.trio_pg import TrioConnection
+from persistence.trio_pg import ConnectionLost, TrioConnection
 from persistence.usernames import default_username, with_suffix
 
 # Each try adds 25 bits of randomness; a tenth one is needed only where something else is wrong.
@@ -161,12 +161,19 @@ class Reads:
 
         Raises:
             UsernameTaken: another user has it.
+            InDoubt: the statement was sent, and nothing came back: the user may have been made.
         """
-        async with self._session() as conn:
-            if await self._add(conn, {user_id: username}, at):
-                return
-            if (await self._names(conn, [user_id])).get(user_id) != username:
-                raise UsernameTaken(username)
+        try:
+            async with self._session() as conn:
+                if await self._add(conn, {user_id: username}, at):
+                    return
+                if (await self._names(conn, [user_id])).get(user_id) != username:
+                    raise UsernameTaken(username)
+        except Unavailable as fault:
+            lost = fault.__cause__  # none: it took too long
+            if lost is None or (isinstance(lost, ConnectionLost) and lost.was_sent):
+                raise InDoubt(str(fault)) from fault
+            raise
 
     async def _names(self, conn: TrioConnection, ids: Sequence[UserId]) -> dict[UserId, str]:
         if not ids:

@@ -1,8 +1,11 @@
 """What a body may be: JSON, an object, of the right type and size; and everything that is wrong with it, at once."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psycopg
 import pytest
 
 from tests.contract.shop import Shop, Wire, request, unique
@@ -11,6 +14,12 @@ SOME_ID = "0190a3c4-0000-7000-8000-000000000001"
 GOOD = {"name": "Air One", "price": 12_900, "total_stock": 100}
 JSON = {"Content-Type": "application/json"}
 WITH_BODY = ["/drops", "/demo/echo", "/internal/users", f"/drops/{SOME_ID}/reserve", f"/drops/{SOME_ID}/purchase"]
+
+# Sessions that wait for another one's transaction.
+END_WHO_WAIT = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE datname = current_database() AND wait_event_type = 'Lock'
+"""
 
 NOT_JSON = {
     "nothing": b" ",
@@ -343,6 +352,20 @@ def test_made_user_may_ask_at_once_and_has_that_name(shop: Shop) -> None:
     assert made.status == 201
     assert made.data == {"id": made.data["id"], "username": name}
     assert shop.visitor(made.data["id"]).get("/me").data == {"user": made.data}
+
+
+def test_user_who_may_have_been_made_is_503_outcome_unknown(shop: Shop) -> None:
+    name = unique("made")
+    with (
+        psycopg.connect(shop.server.dsn) as rival,
+        psycopg.connect(shop.server.dsn, autocommit=True) as operator,
+        ThreadPoolExecutor(1) as asking,
+    ):
+        rival.execute("INSERT INTO users (id, username, created_at) VALUES (gen_random_uuid(), %s, now())", [name])
+        reply = asking.submit(shop.anybody.post, "/internal/users", {"username": name})
+        while not reply.done() and not operator.execute(END_WHO_WAIT).fetchall():
+            time.sleep(0.01)
+        assert reply.result(10).error == (503, "OUTCOME_UNKNOWN")
 
 
 def test_second_user_of_a_name_is_409_username_taken(shop: Shop) -> None:

@@ -1,6 +1,8 @@
 """Cold reads, users and idempotency keys."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from random import Random
 
 import psycopg
@@ -9,7 +11,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.ledger import Unavailable
+from engine.ledger import InDoubt, Unavailable
 from engine.model import Instant, ReservationId, ReservationStatus, UserId
 from persistence import reads as reads_module
 from persistence import statements
@@ -214,6 +216,53 @@ async def test_a_connection_that_dies_while_it_is_used_is_unavailable(reads: Rea
         async with reads._session() as conn:
             await conn.execute("SELECT pg_terminate_backend(pg_backend_pid())")
     await reads.ping()
+
+
+MAKE_ANN = "INSERT INTO users (id, username, created_at) VALUES (gen_random_uuid(), 'ann', now())"
+END_WHO_WAIT = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE datname = current_database() AND wait_event_type = 'Lock'
+"""
+
+
+@contextmanager
+def somebody_making_ann(database: str) -> Iterator[None]:
+    """A transaction that has not ended: whoever wants her name, too, waits for it."""
+    with psycopg.connect(database) as rival:
+        rival.execute(MAKE_ANN)
+        yield
+        rival.rollback()
+
+
+async def test_a_user_whose_statement_was_sent_and_not_answered_is_in_doubt(reads: Reads, database: str) -> None:
+    async def end_who_waits() -> None:
+        with psycopg.connect(database, autocommit=True) as observer:
+            while not observer.execute(END_WHO_WAIT).fetchall():
+                await trio.sleep(0.01)
+
+    with somebody_making_ann(database):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end_who_waits)
+            with pytest.raises(InDoubt):
+                await reads.add_user(user(), "ann", at=at(0))
+
+
+async def test_a_user_whose_statement_takes_too_long_is_in_doubt(
+    reads: Reads, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "_session", partial(reads._session, 0.2))
+    with somebody_making_ann(database), pytest.raises(InDoubt, match="no answer within"):
+        await reads.add_user(user(), "ann", at=at(0))
+
+
+async def test_a_user_whom_the_database_did_not_take_is_in_no_doubt(reads: Reads, server: EmbeddedServer) -> None:
+    pool = Pool(server.dsn_of("no_such_database"), size=1, acquire_timeout_s=5, connect_timeout_s=5)
+    with pytest.raises(Unavailable):
+        await Reads(pool, Random(0)).add_user(user(), "ann", at=at(0))
+    async with reads._session() as conn:
+        await conn.execute("SET default_transaction_read_only = on")
+    with pytest.raises(Unavailable, match="read-only"):
+        await reads.add_user(user(), "ann", at=at(0))
 
 
 # Names and instants -------------------------------------------------------------------------------------
