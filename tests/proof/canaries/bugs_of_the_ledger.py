@@ -34,7 +34,7 @@ def naive_key_look() -> None:
         return resolve
 
     wrap(resolution, "resolve", around)
-    edit(PostgresLedger, "resolve", ("await self._end_suspects(conn, wait=False)", "pass"))
+    edit(PostgresLedger, "resolve", ("await self._end_suspects(conn)", "pass"))
 
 
 def ignored_row_count() -> None:
