@@ -29,6 +29,8 @@ log = structlog.get_logger()
 RETRY_S = 0.2  # between two looks at a ledger that is out of reach, and two writes to one without room
 # A database that had no room is not asked to take new rows again for so long: one probe a second costs nothing.
 STORAGE_FULL_S = 1.0
+STOOD_STILL_S = 0.05  # later than it meant to wake up: the machine paused us, or something kept the loop
+STOOD_STILL_MAX = 3  # times in a row; then we are slow, and a stall is one all the same
 # Answers that leave before other tasks have their turn again; each costs a `send`, about 5 µs. As many as a front end
 # reads in a turn: with fewer, what is committed waits behind what is asked, and grows.
 ANSWERS_AT_ONCE = 128
@@ -310,9 +312,14 @@ class Committer:
             if self._sent_at is None:
                 await self._sent.park()
                 continue
-            due = self._sent_at + self._stall_s
-            await trio.sleep_until(due)
-            if self._sent_at is not None and self._sent_at + self._stall_s <= trio.current_time():
+            sent_at = self._sent_at
+            due = sent_at + self._stall_s
+            for _ in range(STOOD_STILL_MAX):
+                await trio.sleep_until(due)
+                if trio.current_time() - due <= STOOD_STILL_S:
+                    break
+                due = trio.current_time() + STOOD_STILL_S  # it was we who stood still: an answer may be there, unread
+            if self._sent_at == sent_at:
                 if self.fault is None:
                     log.error("commit_stalled", after_s=self._stall_s)
                     self._lose_ledger()

@@ -3,6 +3,8 @@
 A commit takes 100 ms: its effect is in the tables after 50, its answer is back after 100.
 """
 
+import socket
+import time
 from collections.abc import MutableMapping
 from functools import partial
 from itertools import pairwise
@@ -10,10 +12,11 @@ from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from engine.clock import Clock
-from engine.ledger import Change
+from engine.ledger import Batch, Change
 from engine.model import (
     Create,
     Decision,
@@ -722,6 +725,39 @@ async def test_parts_that_wait_for_their_turn_alone_do_not_wait_for_an_outage_to
 
 
 # No answer for long ---------------------------------------------------------------------------------------
+
+
+async def test_a_machine_that_pauses_is_no_outage() -> None:
+    """The answer came while nothing of ours ran; it is read before anybody counts how long that was."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+
+    class Remote(MemoryLedger):
+        is_remote = False
+
+        async def commit(self, batch: Batch) -> frozenset[DropId]:
+            hit = await super().commit(batch)
+            if self.is_remote:
+                await trio.lowlevel.wait_readable(ours)
+                ours.recv(1)
+            return hit
+
+    ledger = Remote(latency_s=0.0)
+    with ours, theirs, capture_logs() as said:
+        async with stage(ledger, Limits(stall_s=0.1)) as on:
+            await on.make_drop(total=5)
+            ledger.is_remote = True
+            for number in range(5):
+                asked = on.ask(reserve(UserId(f"user-{number}"), f"r{number}"))
+                await trio.sleep(0.02)
+                theirs.send(b"!")
+                time.sleep(0.3)  # noqa: ASYNC251 - that is what is tested
+                with trio.fail_after(5):
+                    while asked.outcome is None:
+                        await trio.sleep(0.01)
+                assert isinstance(asked.outcome, Reserved)
+            ledger.is_remote = False
+    assert not [line for line in said if line["log_level"] != "info"]
 
 
 async def test_a_commit_that_stalls_keeps_nobody_else_waiting_and_its_late_success_is_told(
