@@ -180,7 +180,8 @@ class Registry:
         A Fault for a drop that exists but is out of service here.
 
         Raises:
-            Unavailable: it is not in memory, and the ledger is out of reach.
+            Unavailable: it is not in memory, and the ledger is out of reach, or has so much of it to tell that the next
+                one who asks will find it.
         """
         if not self._knows(drop_id):  # what is in memory never waits for the ledger
             assert self._nursery is not None, "the registry is not open"
@@ -188,7 +189,8 @@ class Registry:
             if search is None:
                 search = self._searches[drop_id] = _Search()
                 self._nursery.start_soon(self._search, drop_id, search)
-            await search.ended.wait()
+            with trio.move_on_after(self.answer_s):
+                await search.ended.wait()
             if search.failure is not None:
                 raise Unavailable(search.failure)
         out = self._out_of_service.get(drop_id)
@@ -411,7 +413,7 @@ class _Search:
 
     def __init__(self) -> None:
         self.ended = trio.Event()
-        self.failure: str | None = "the engine stopped meanwhile"
+        self.failure: str | None = "it is still being loaded"
 
 
 class _Waiter:
