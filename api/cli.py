@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     way.add_argument(
         "--reset",
         action="store_true",
-        help="empty the tables first, in development only; the default, but for a DATABASE_URL with drops in it",
+        help="empty the tables first, in development only; the default, but for a DATABASE_URL with anything in it",
     )
     way.add_argument("--append", action="store_true", help="leave what is there, and add a sample to it")
     seed.set_defaults(run=_seed)

@@ -38,7 +38,7 @@ from engine.model import Instant
 from engine.publisher import Publisher
 from engine.registry import running
 from persistence import schema
-from persistence.embedded import EmbeddedPostgres, forget_pg_variables
+from persistence.embedded import EmbeddedPostgres, EmbeddedServer, forget_pg_variables
 from persistence.installation import EmbeddedServerError
 from persistence.ledger import LedgerOptions, PostgresLedger, open_ledger
 from persistence.pool import Pool
@@ -264,7 +264,7 @@ async def _database(settings: Settings) -> AsyncIterator[str]:
         return
     postgres = EmbeddedPostgres(settings.data_dir)
     try:
-        server = await trio.to_thread.run_sync(postgres.start)
+        server = await _started(postgres)
         forget_pg_variables()
         await trio.to_thread.run_sync(_upgrade, server.dsn)
         async with trio.open_nursery() as nursery:
@@ -274,6 +274,28 @@ async def _database(settings: Settings) -> AsyncIterator[str]:
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(postgres.stop)
+
+
+async def _started(postgres: EmbeddedPostgres, *, may_create: bool = True) -> EmbeddedServer:
+    """Start the server, which may have minutes of recovery before it; cancelled, it is given up at once."""
+
+    async def give_up_when_cancelled() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            postgres.give_up()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(give_up_when_cancelled)
+        started: EmbeddedServer | EmbeddedServerError
+        try:
+            started = await trio.to_thread.run_sync(partial(postgres.start, may_create=may_create))
+        except EmbeddedServerError as fault:
+            started = fault
+        nursery.cancel_scope.cancel()
+    if isinstance(started, EmbeddedServerError):
+        raise started
+    return started
 
 
 def _upgrade(dsn: str) -> None:
@@ -293,7 +315,7 @@ async def _keep_running(postgres: EmbeddedPostgres) -> None:
         log.error("embedded_postgres_died")
         try:
             await trio.to_thread.run_sync(postgres.stop)
-            await trio.to_thread.run_sync(partial(postgres.start, may_create=False))
+            await _started(postgres, may_create=False)
             log.warning("embedded_postgres_restarted")
         except EmbeddedServerError as fault:
             log.error("embedded_postgres_not_restarted", reason=str(fault))

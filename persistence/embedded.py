@@ -19,6 +19,7 @@ import signal
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -188,6 +189,7 @@ class EmbeddedPostgres:
         self._port = port
         self._start_timeout_s = start_timeout_s
         self._stop_timeout_s = stop_timeout_s
+        self._is_given_up = threading.Event()
         self._postmaster: subprocess.Popen[bytes] | None = None
         self._undo = ExitStack()
 
@@ -204,6 +206,7 @@ class EmbeddedPostgres:
         Raises:
             EmbeddedServerError: it cannot be had. Nothing is left running or locked.
         """
+        self._is_given_up.clear()
         with ExitStack() as undo, _os_errors_as_refusals(self._data_dir):
             if not may_create and not (self._cluster / "PG_VERSION").exists():
                 raise EmbeddedServerError(f"The cluster {self._cluster} is not there any more.")
@@ -223,6 +226,10 @@ class EmbeddedPostgres:
             self._make_database(account, server)
             self._postmaster, self._undo = postmaster, undo.pop_all()
             return server
+
+    def give_up(self) -> None:
+        """Have a `start` that waits in another thread end, by its error. When there is none, nothing happens."""
+        self._is_given_up.set()
 
     def stop(self) -> None:
         """Stop the server and let go of the directory. When it does not run, nothing happens."""
@@ -295,6 +302,8 @@ class EmbeddedPostgres:
                 patience_s = max(patience_s, _RECOVERY_SILENCE_S)
             if (size := os.fstat(log).st_size) != log_size:
                 log_size, heard_at = size, time.monotonic()
+            if self._is_given_up.is_set():
+                raise EmbeddedServerError("PostgreSQL was stopped before it was ready.")
             if time.monotonic() - heard_at > patience_s:
                 raise EmbeddedServerError(
                     f"PostgreSQL did not get ready within {patience_s:g} s;"

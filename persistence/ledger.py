@@ -51,6 +51,7 @@ _WRITER_SETTINGS: Final = {
 # What a role or a database may have set otherwise: a guard that lost its race must miss, not fail.
 # And a load that a role's usual limit ends would begin again for ever; those of the writer are set beside this.
 _SESSION_SETTINGS: Final = {"default_transaction_isolation": "read committed", "statement_timeout": "0"}
+_TRANSACTION_TIMEOUT_SINCE: Final = 170_000  # PostgreSQL 17 has a limit for these, too
 # Connections that reload drops at once: when many lose their guards in one instant, they must not take all there are.
 _RECLAIMS_MAX: Final = 8
 # The server gives up on a statement before we give up on the server: its refusal is definite, our timeout is
@@ -277,21 +278,22 @@ class PostgresLedger:
         # Somebody waits for one that is asked for; before the start there is nobody.
         timeout_s = options.take_over_timeout_s if drop_ids is None else options.connect_timeout_s
         async with self._session() as conn, _bounded(timeout_s) as scope:
-            heard = self._patience(scope)
-            return await self._behind_locks(conn, lambda: loading.take_over(conn, drop_ids, heard))
+            patience = _Patience(scope, options.load_silence_s)
+            return await self._behind_locks(conn, lambda: loading.take_over(conn, drop_ids, patience.heard), patience)
 
     async def reclaim(self, drop_id: DropId, epoch: int) -> DropRecord | None:
         """See `engine.ledger.Ledger.reclaim`."""
         epoch_max = self._raises.newest(drop_id, epoch)
         async with self._reclaims, self._session() as conn, _bounded(self._options.take_over_timeout_s) as scope:
+            patience = _Patience(scope, self._options.load_silence_s)
 
             async def take() -> list[DropRecord]:
-                records = await loading.reclaim(conn, drop_id, epoch, epoch_max, self._patience(scope))
+                records = await loading.reclaim(conn, drop_id, epoch, epoch_max, patience.heard)
                 for record in records:
                     self._raises.note(drop_id, record.epoch)
                 return records
 
-            records = await self._behind_locks(conn, take)
+            records = await self._behind_locks(conn, take, patience)
         self._raises.forget([drop_id])
         return records[0] if records else None
 
@@ -313,21 +315,17 @@ class PostgresLedger:
             await self._ready_writer()  # else it may answer, and take no batch all the same
         return resolutions
 
-    def _patience(self, scope: trio.CancelScope) -> Callable[[], None]:
-        """What a load calls whenever it has heard from the server: from then on `scope` waits anew."""
-
-        def heard() -> None:
-            scope.deadline = trio.current_time() + self._options.load_silence_s
-
-        return heard
-
-    async def _behind_locks(self, conn: TrioConnection, work: Callable[[], Awaitable[T]]) -> T:
-        """Run a transaction, again and again while somebody holds its rows."""
+    async def _behind_locks(
+        self, conn: TrioConnection, work: Callable[[], Awaitable[T]], patience: "_Patience | None" = None
+    ) -> T:
+        """Run a transaction, again and again while somebody holds its rows or tables."""
         while True:
             try:
                 async with conn.transaction():
                     return await work()
             except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+                if patience is not None:
+                    patience.wait_for_locks()
                 await self._end_suspects(conn)
 
     async def _end_suspects(self, conn: TrioConnection, *, wait_for: Backend | None = None) -> None:
@@ -358,6 +356,8 @@ class PostgresLedger:
                 lock_timeout_ms = int(self._options.lock_timeout_s * 1000)
                 with trio.fail_after(self._options.connect_timeout_s):
                     await _set(conn, {**_SESSION_SETTINGS, "lock_timeout": str(lock_timeout_ms)})
+                    if conn.info.server_version >= _TRANSACTION_TIMEOUT_SINCE:
+                        await _set(conn, {"transaction_timeout": "0"})
                 yield conn
         except (psycopg.Error, trio.TooSlowError) as error:
             raise self._fault(error, was_sent=False) from error
@@ -400,6 +400,23 @@ async def _bounded(timeout_s: float) -> AsyncIterator[trio.CancelScope]:
     if scope.cancelled_caught:
         waited_s = trio.current_time() - began
         raise Unavailable(f"not done within {waited_s:.3g} s: rows stay locked, or a backend does not go away")
+
+
+class _Patience:
+    """How long a load is waited for: for locks as long as was said, for its rows anew with each that come."""
+
+    def __init__(self, scope: trio.CancelScope, silence_s: float) -> None:
+        self._scope = scope
+        self._silence_s = silence_s
+        self._for_locks = scope.deadline
+
+    def heard(self) -> None:
+        """The server has said something of what is loaded."""
+        self._scope.deadline = trio.current_time() + self._silence_s
+
+    def wait_for_locks(self) -> None:
+        """All that was loaded is loaded again."""
+        self._scope.deadline = self._for_locks
 
 
 async def _set(conn: TrioConnection, settings: Mapping[str, str]) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import threading
+from typing import cast
 
 import pytest
 import structlog
@@ -9,8 +11,10 @@ import structlog.testing
 import trio
 from trio.testing import MockClock
 
-from api.serve import CLOCK_LOOK_S, TRIM_S, trim, watch_clock
+from api.serve import CLOCK_LOOK_S, TRIM_S, _started, trim, watch_clock
 from engine.clock import Clock
+from persistence.embedded import EmbeddedPostgres, EmbeddedServer
+from persistence.installation import EmbeddedServerError
 from persistence.startup import CLOCK_SKEW_MAX_S
 from tests.bench import usage
 
@@ -31,6 +35,29 @@ async def test_memory_that_nobody_uses_goes_back_to_the_system(autojump_clock: M
     assert after is not None
     assert before - after > PIECES * PIECE_BYTES / 2
     assert len(last) == PIECE_BYTES
+
+
+class Recovering:
+    """An embedded server that starts for as long as nobody gives it up, or in vain."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._is_given_up = threading.Event()
+
+    def start(self, *, may_create: bool = True) -> EmbeddedServer:
+        self._is_given_up.wait(self._patience_s)
+        raise EmbeddedServerError("PostgreSQL did not start")
+
+    def give_up(self) -> None:
+        self._is_given_up.set()
+
+
+async def test_start_of_the_embedded_server_ends_when_it_is_cancelled() -> None:
+    with trio.fail_after(10), trio.move_on_after(0.1) as starting:
+        await _started(cast(EmbeddedPostgres, Recovering(60)))
+    assert starting.cancelled_caught
+    with pytest.raises(EmbeddedServerError):
+        await _started(cast(EmbeddedPostgres, Recovering(0.01)))
 
 
 @pytest.mark.parametrize("step_s", [3_600.0, -3_600.0])

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -375,6 +376,24 @@ def test_recovery_may_be_silent_for_longer_than_a_start(
     monkeypatch.setattr(embedded, "_RECOVERY_SILENCE_S", 1.0)
     with refused("within 1 s"):
         EmbeddedPostgres(tmp_path, start_timeout_s=0.2).start()
+
+
+def test_start_that_waits_for_a_recovery_can_be_given_up(tmp_path: Path, stand_ins: Path) -> None:
+    says_that_it_starts = 'printf "%s\\n" $$ "$2" 1 5432 /tmp "" "" starting >"$2/postmaster.pid"; exec sleep 60'
+    find_data = 'while [ "$1" != -D ]; do shift; done'
+    stand_in_binaries(stand_ins, initdb='echo 18 > "$2/PG_VERSION"', postgres=f"{find_data}; {says_that_it_starts}")
+    server = EmbeddedPostgres(tmp_path)
+
+    def give_up_as_it_starts() -> None:
+        while not (tmp_path / "postgres" / "postmaster.pid").exists():
+            time.sleep(0.01)
+        server.give_up()
+
+    watching = threading.Thread(target=give_up_as_it_starts)
+    watching.start()
+    with refused("was stopped before it was ready"):
+        server.start()
+    watching.join()
 
 
 def test_cluster_that_has_gone_under_a_running_server_is_not_made_anew(data_dir: Path, tmp_path: Path) -> None:

@@ -707,8 +707,27 @@ async def test_a_roles_limit_for_statements_does_not_end_a_load(
     await subject.ledger.commit([scribe.change()])
     monkeypatch.setattr(statements, "HOLDS", statements.HOLDS + " AND pg_sleep(0.3) IS NOT NULL")
     name = session.info.dbname
-    await session.execute(f'ALTER DATABASE "{name}" SET statement_timeout = 100'.encode())
-    assert counts(await subject.ledger.take_over(None)) == (9, 1, 0, 2)
+    for limit in ("statement_timeout", "transaction_timeout"):
+        await session.execute(f'ALTER DATABASE "{name}" SET {limit} = 200'.encode())
+        assert counts(await subject.ledger.take_over(None)) == (9, 1, 0, 2)
+
+
+async def test_a_table_that_somebody_keeps_locked_is_not_waited_for_for_ever(
+    subject: PostgresSubject, session: TrioConnection
+) -> None:
+    """Each attempt locks the drop, waits for the table in vain, and begins again."""
+    scribe = Scribe()
+    await born(subject, scribe)
+    scribe.reserves(user())
+    await subject.ledger.commit([scribe.change()])
+    subject.ledger._options = replace(
+        TEST_OPTIONS, connect_timeout_s=0.7, take_over_timeout_s=0.7, lock_timeout_s=0.1, load_silence_s=60.0
+    )
+    async with session.transaction():
+        await session.execute("LOCK TABLE reservations IN ACCESS EXCLUSIVE MODE")
+        for wanted in (None, [scribe.drop_id]):
+            with trio.fail_after(5), pytest.raises(Unavailable, match="rows stay locked"):
+                await subject.ledger.take_over(wanted)
 
 
 async def test_drops_that_are_reloaded_together_take_few_connections(

@@ -120,8 +120,8 @@ def two_engines() -> None:
         PostgresLedger,
         "reclaim",
         (
-            "loading.reclaim(conn, drop_id, epoch, epoch_max, self._patience(scope))",
-            "loading.take_over(conn, [drop_id], self._patience(scope))",
+            "loading.reclaim(conn, drop_id, epoch, epoch_max, patience.heard)",
+            "loading.take_over(conn, [drop_id], patience.heard)",
         ),
     )
 
