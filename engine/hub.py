@@ -55,6 +55,7 @@ BUNDLES_MAX: Final = 64  # drops that are told of together, in one send to those
 DIRECT_MAX: Final = 8_192  # bytes that are told with no look at the viewer, which keeps what the kernel does not take
 TOGETHER_MAX: Final = 65_536  # bytes of such a send: what is left of it when a viewer stalls is kept for it
 CATCH_UP_S: Final = 0.002  # spent on viewers that have room again before other tasks have their turn
+JOINING_S: Final = 20.0  # that who watched all may take to join all of its drops, and miss nothing of the later ones
 KEPT_MAX: Final = 64  # encodings that are kept within a pass for viewers that are behind: most missed the same
 GONE: Final = -1  # a mark: it has heard nothing of this drop
 
@@ -206,6 +207,7 @@ class Watch:
 
         A drop that is watched already is shown again.
         """
+        self._hub.forget_missed(self)
         for drop_id in drops:
             if self.is_closed:
                 return
@@ -227,6 +229,7 @@ class Watch:
         if is_shown:
             wanted += [drop_id for drop_id in resume or {} if board.drop(drop_id) is not None]
         self.unsubscribe(list(self.drops))
+        self._hub.forget_missed(self)
         if not self.is_all:
             self.is_all = True
             self._hub.join_all(self)
@@ -240,23 +243,21 @@ class Watch:
     def join(self, drop_id: DropId) -> None:
         """Watch this drop, which is on the board, from this instant on: it is not shown.
 
-        Who watches all watches this one alone from now on. Between passes (`Hub.between_passes`) nothing is missed by
-        that, and nothing told again.
+        Who watches all watches this one alone from now on, and those that it joins next. Of each of them it is told
+        what it had not heard yet of what happened while it watched all, as long as they come within `JOINING_S`.
+        Between passes (`Hub.between_passes`) nothing is missed by that, and nothing told again.
         """
-        mark = None
-        if self.is_closed:
+        if self.is_closed or drop_id in self.drops:
             return
+        hub = self._hub
         if self.is_all:
-            mark = self.marks.get(drop_id)
+            missed = hub.missed_by(self, drop_id)
             self.unsubscribe_all()
-        elif drop_id in self.drops:
-            return
-        else:
-            mark = self._hub.newest(drop_id)
+            hub.keep_missed(self, missed)
+        newest = hub.newest(drop_id)
         self.drops.add(drop_id)
-        self._hub.join(self, drop_id)
-        if mark is not None:
-            self._hub.mark(self, drop_id, mark)
+        hub.join(self, drop_id)
+        hub.mark(self, drop_id, min(hub.take_missed(self, drop_id, newest), newest))
         self._hear()
 
     def unsubscribe(self, drops: Iterable[DropId]) -> None:
@@ -269,6 +270,7 @@ class Watch:
     def unsubscribe_all(self) -> None:
         self.unsubscribe(list(self.drops))
         self.marks.clear()
+        self._hub.forget_missed(self)
         if self.is_all:
             self.is_all = False
             self._hub.leave_all(self)
@@ -397,6 +399,8 @@ class Hub:
         self._all: dict[Watch, None] = {}
         self._users: dict[UserId, set[Watch]] = {}
         self._parked: set[Watch] = set()
+        # Of who watched all and now joins drop by drop: until when it may, and up to where it had heard of which drops.
+        self._missed: dict[Watch, tuple[float, dict[DropId, int]]] = {}
         self._drained: dict[Watch, None] = {}  # that have room again, and were not told yet what they missed
         self._drained_bell = trio.lowlevel.ParkingLot()
         self._kept: dict[tuple[object, ...], bytes] = {}
@@ -514,6 +518,31 @@ class Hub:
     def leave_all(self, watch: Watch) -> None:
         watch.hinder()
         self._all.pop(watch, None)
+
+    def missed_by(self, watch: Watch, first: DropId) -> dict[DropId, int]:
+        """Of who watches all: up to where it has heard of each drop of which it has not heard everything.
+
+        As many as may be marked, and in any case the `first` one.
+        """
+        heard = dict(watch.marks)
+        for drop_id in (first, *self._dirty):
+            feed = self._feeds.get(drop_id)
+            if feed is not None and len(heard) <= self.marks_max:
+                heard.setdefault(drop_id, feed.told)
+        return {drop_id: seq for drop_id, seq in heard.items() if seq != self.newest(drop_id)}
+
+    def keep_missed(self, watch: Watch, missed: dict[DropId, int]) -> None:
+        """For `JOINING_S`, and not for as long as the connection: it is as much as the marks are."""
+        if missed:
+            self._missed[watch] = trio.current_time() + JOINING_S, missed
+
+    def take_missed(self, watch: Watch, drop_id: DropId, otherwise: int) -> int:
+        """Up to where it had heard of this drop; `otherwise` if that was everything, or it is too long ago."""
+        until, missed = self._missed.get(watch, (0.0, {}))
+        return missed.pop(drop_id, otherwise) if trio.current_time() < until else otherwise
+
+    def forget_missed(self, watch: Watch) -> None:
+        self._missed.pop(watch, None)
 
     def newest(self, drop_id: DropId) -> int:
         """The `seq` of a drop's newest event that was committed, told or not."""
@@ -847,7 +876,10 @@ class Hub:
     async def _sweep(self) -> None:
         while True:
             await trio.sleep(SWEEP_S)
-            late = trio.current_time() - self._stall_s
+            now = trio.current_time()
+            for watch in [watch for watch, (until, _) in self._missed.items() if until <= now]:
+                self.forget_missed(watch)
+            late = now - self._stall_s
             for watch in [watch for watch in self._parked if watch.parked_at is not None and watch.parked_at < late]:
                 self._send_away(watch)
 

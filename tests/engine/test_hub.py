@@ -8,7 +8,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from engine import hub as hub_module
-from engine.hub import MARKS_MAX, SLICE, Hub
+from engine.hub import JOINING_S, MARKS_MAX, SLICE, SWEEP_S, Hub
 from engine.model import DropId, DropStatus, UserId
 from tests.engine.making import ANN, BEN, CAT
 from tests.engine.watching import HOLD_MS, A, B, C, Listener, Memory, Plain, watched
@@ -849,3 +849,55 @@ async def test_who_joins_without_being_shown_hears_what_comes_from_then_on(autoj
         on.reserve(A, BEN)
         await trio.sleep(1)
         assert ann.said() == all_.said() == ["stock 3: 8"]
+
+
+async def test_who_joins_its_drops_one_by_one_misses_nothing_of_the_later_ones(autojump_clock: MockClock) -> None:
+    async with watched() as on:
+        for drop_id in (A, B, C):
+            on.make(drop_id)
+        await trio.sleep(1)
+        quick, slow = on.viewer(), on.viewer()
+        for viewer in (quick, slow):
+            viewer.subscribe_all(is_shown=False)
+        slow.room = 0
+        on.buy(B, ANN)
+        await trio.sleep(1)
+        on.buy(B, BEN)  # while they watch all; the pass that tells it is yet to come
+        for viewer in (quick, slow):
+            viewer.join(A)
+        await trio.sleep(1)
+        for viewer in (quick, slow):
+            viewer.join(B)
+            viewer.join(C)
+        slow.read()
+        await trio.sleep(1)
+        assert quick.said(B) == ["stock 2: 9", "Purchased 3", "stock 4: 8", "Purchased 5"]
+        assert slow.said(B) == quick.said(B)[1:], "of the stock, as ever, the newest"
+        assert quick.said(A) == slow.said(A) == quick.said(C) == slow.said(C) == []
+        assert not on.hub._missed[quick.watch][1], "each is told once"
+
+
+async def test_what_was_missed_before_joining_is_not_kept_for_as_long_as_the_connection(
+    autojump_clock: MockClock,
+) -> None:
+    async with watched() as on:
+        on.make(A)
+        on.make(B)
+        await trio.sleep(1)
+        ann, ben = on.viewer(), on.viewer()
+        for viewer in (ann, ben):
+            viewer.subscribe_all(is_shown=False)
+        on.buy(B, ANN)
+        for viewer in (ann, ben):
+            viewer.join(A)
+        assert set(on.hub._missed) == {ann.watch, ben.watch}
+        ben.watch.close()
+        assert set(on.hub._missed) == {ann.watch}
+        await trio.sleep(JOINING_S + SWEEP_S)
+        assert not on.hub._missed
+        ann.join(B)
+        await trio.sleep(1)
+        assert ann.said(B) == []
+        on.reserve(B, BEN)
+        await trio.sleep(1)
+        assert ann.said(B) == ["stock 4: 8"]

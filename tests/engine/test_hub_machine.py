@@ -195,8 +195,9 @@ class Play:
                 viewer.watch.close()
             case 9:
                 viewer.subscribe_all(is_shown=False)
-            case 10 if some and not on.hub._is_passing:
-                viewer.join(some[0])
+            case 10 if not on.hub._is_passing:
+                for drop_id in some:
+                    viewer.join(drop_id)
             case 11 | 12:
                 viewer.room = chance.choice([0, 0, 1, 3])
             case _:

@@ -21,7 +21,7 @@ import trio
 
 from engine.board import Board
 from engine.drop import Drop
-from engine.hub import Direct, Hub, News, Watch
+from engine.hub import JOINING_S, Direct, Hub, News, Watch
 from engine.ledger import Unavailable
 from engine.model import (
     Cancelled,
@@ -125,6 +125,8 @@ class Listener:
         self.sends = 0
         self.is_away = False
         self.knows: dict[DropId, Memory] = {}
+        self.missed: dict[DropId, Memory] = {}  # of who watched all and joins now: what it knew of which it missed news
+        self.joins_until = 0.0
         self.identified: dict[DropId, int] = {}  # the tables, by drop, when it said who it is
         self.refused = 0
         self._on = on
@@ -189,12 +191,14 @@ class Listener:
 
     def subscribe(self, drops: Sequence[DropId], **resume: int) -> None:
         """As the watch does; `resume` by the last letter of the drop's id."""
+        self.missed = {}
         positions = {drop_id: resume[drop_id[-1]] for drop_id in drops if drop_id[-1] in resume}
         for drop_id in drops:
             self.expect(drop_id, positions.get(drop_id))
         self.watch.subscribe(drops, positions)
 
     def subscribe_all(self, positions: dict[DropId, int] | None = None, *, is_shown: bool = True) -> None:
+        self.missed = {}
         listed = {drop.terms.id for drop in self._on.board.listed(1_000, 0)[0]} if is_shown else set()
         for drop_id, events in self._on.tables.items():
             if drop_id in self.watch.drops or drop_id in (positions or {}):
@@ -208,12 +212,20 @@ class Listener:
         self.watch.subscribe_all(positions, is_shown=is_shown)
 
     def join(self, drop_id: DropId) -> None:
-        """Between passes, as the watch wants it."""
+        """Between passes, as the watch wants it. What happened while it watched all, it hears of each drop it joins."""
+        tables = self._on.tables
         if self.watch.is_all:
-            self.knows = {drop_id: self.knows.get(drop_id, Memory(0))}
-        elif drop_id not in self.watch.drops:
-            now = len(self._on.tables[drop_id])
-            self.knows[drop_id] = Memory(now, event=now, stock=now)
+            knew = {other: self.knows.get(other, Memory(0)) for other in tables}
+            self.missed = {other: memory for other, memory in knew.items() if memory.position != len(tables[other])}
+            for other, memory in knew.items():
+                if self._on.board.drop(other) is None:  # another engine's now: nobody knows what it missed
+                    self.missed[other] = Memory(ANYWHERE, memory.event, memory.stock)
+            self.joins_until = trio.current_time() + JOINING_S
+            self.knows = {}
+        if drop_id not in self.watch.drops:
+            now = len(tables[drop_id])
+            missed = self.missed.pop(drop_id, None) if trio.current_time() < self.joins_until else None
+            self.knows[drop_id] = missed or Memory(now, event=now, stock=now)
         self.watch.join(drop_id)
 
     def expect(self, drop_id: DropId, position: int | None) -> None:
@@ -230,6 +242,7 @@ class Listener:
     def unsubscribe_all(self) -> None:
         self.watch.unsubscribe_all()
         self.knows.clear()
+        self.missed = {}
 
     def identify(self, user_id: UserId) -> None:
         self.identified = {drop_id: len(events) for drop_id, events in self._on.tables.items()}
