@@ -203,7 +203,7 @@ class Client:
                 await self._join(watch, _drop_id(arguments))
             case "drops:leave":
                 drop_id = _drop_id(arguments)
-                await self._service.hub.between_passes()
+                await self._service.hub.until_told(watch, drop_id)
                 watch.unsubscribe([drop_id])
             case _:
                 raise ApiError(404, "UNKNOWN_EVENT", "There is no such event here.")
@@ -212,7 +212,7 @@ class Client:
         if drop_id not in watch.drops and len(watch.drops) >= DROPS_MAX:
             raise ApiError(422, "TOO_MANY_DROPS", f"No more than {DROPS_MAX} drops; who joins none hears all.")
         await in_trio(handlers.find_drop(self._service, drop_id))
-        await self._service.hub.between_passes()
+        await self._service.hub.until_told(watch, drop_id)
         if not watch.is_closed:
             watch.join(drop_id)
 

@@ -245,7 +245,7 @@ class Watch:
 
         Who watches all watches this one alone from now on, and those that it joins next. Of each of them it is told
         what it had not heard yet of what happened while it watched all, as long as they come within `JOINING_S`.
-        Between passes (`Hub.between_passes`) nothing is missed by that, and nothing told again.
+        After `Hub.until_told` nothing is missed by that, and nothing told again.
         """
         if self.is_closed or drop_id in self.drops:
             return
@@ -392,9 +392,8 @@ class Hub:
         self._dirty: dict[DropId, None] = {}
         self._telling: set[DropId] = set()  # of which some viewers in step have heard the newest already, and some not
         self._bell = trio.lowlevel.ParkingLot()
-        self._is_passing = False
+        self._told_bell = trio.lowlevel.ParkingLot()
         self._unrested = 0  # sends since other tasks had their turn
-        self._passed = trio.lowlevel.ParkingLot()
         self._watches: set[Watch] = set()
         self._all: dict[Watch, None] = {}
         self._users: dict[UserId, set[Watch]] = {}
@@ -550,13 +549,17 @@ class Hub:
         drop = self.board.drop(drop_id)
         return feed.newest if feed is not None else 0 if drop is None else drop.seq
 
-    async def between_passes(self) -> None:
-        """Wait until no pass is under way: within one, some of those who watch have heard its news, and some not yet.
+    async def until_told(self, watch: Watch, drop_id: DropId) -> None:
+        """Wait while some of those who watch this drop have heard its news, and some not yet.
 
-        Who changes what it watches then may miss them or hear them twice; a snapshot makes up for both.
+        Who joins or leaves it then may miss them or hear them twice; a snapshot makes up for both. What is told of
+        other drops matters to who watches all, and leaves those by joining this one.
         """
-        while self._is_passing:
-            await self._passed.park()
+        while self.is_telling(watch, drop_id):
+            await self._told_bell.park()
+
+    def is_telling(self, watch: Watch, drop_id: DropId) -> bool:
+        return bool(self._telling) if watch.is_all else drop_id in self._telling
 
     def _feed(self, drop_id: DropId) -> _Feed:
         feed = self._feeds.get(drop_id)
@@ -580,10 +583,7 @@ class Hub:
                 while not self._dirty:
                     await self._bell.park()
                 began = trio.current_time()
-                self._is_passing = True
                 await self._pass()
-                self._is_passing = False
-                self._passed.unpark_all()
                 await trio.sleep_until(began + self._pass_s)
 
     async def _pass(self) -> None:
@@ -605,6 +605,9 @@ class Hub:
         self._telling.clear()
         for bundle in bundles:
             self._tidy(bundle.drop_id, bundle.feed)
+        if self._told_bell:
+            self._told_bell.unpark_all()
+            await trio.lowlevel.checkpoint()  # with the next one: they run before anything more is told
         await trio.lowlevel.checkpoint()
 
     async def _tell_all(

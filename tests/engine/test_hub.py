@@ -701,6 +701,42 @@ async def test_what_happens_in_the_middle_of_a_pass_makes_nobody_hear_a_thing_tw
         assert second.watch.is_closed or second.said()[-1] == first.said()[-1]
 
 
+async def test_who_joins_waits_for_its_drop_to_be_told_and_not_for_the_whole_pass(autojump_clock: MockClock) -> None:
+    async with watched(slice_=1, bundles_max=1) as on, trio.open_nursery() as nursery:
+        for drop_id in (A, B, C):
+            on.make(drop_id)
+        await trio.sleep(1)
+        first, *others = [Pausing(on, on.dialect) for _ in range(5)]
+        for watching in (first, *others):
+            watching.subscribe([A])
+        named, late, page = on.viewer(), on.viewer(), on.viewer()
+        page.subscribe_all(is_shown=False)
+        for viewer in (named, late):
+            viewer.join(B)
+        joined: dict[Listener, tuple[bool, int]] = {}
+
+        async def join(viewer: Listener, drop_id: DropId) -> None:
+            await on.hub.until_told(viewer.watch, drop_id)
+            viewer.join(drop_id)
+            joined[viewer] = bool(on.hub._telling), len(on.hub._dirty)
+
+        def happen() -> None:
+            for viewer, drop_id in ((named, C), (late, A), (page, C)):
+                nursery.start_soon(join, viewer, drop_id)
+
+        first.then = happen
+        for drop_id in (A, B, C):
+            on.buy(drop_id, ANN)
+        await trio.sleep(1)
+        assert joined == {
+            named: (True, 2),  # another drop is being told
+            late: (False, 2),  # its own: the pass goes on after it
+            page: (False, 2),  # it hears all, so any would be its own
+        }
+        assert page.said(C) == ["stock 2: 9", "Purchased 3"]
+        assert named.said(C) == late.said(A) == []
+
+
 async def test_a_pass_to_ten_thousand_viewers_lets_the_others_run_after_each_slice(autojump_clock: MockClock) -> None:
     async with watched() as on:
         on.make(A)

@@ -195,9 +195,10 @@ class Play:
                 viewer.watch.close()
             case 9:
                 viewer.subscribe_all(is_shown=False)
-            case 10 if not on.hub._is_passing:
+            case 10:
                 for drop_id in some:
-                    viewer.join(drop_id)
+                    if not on.hub.is_telling(viewer.watch, drop_id):
+                        viewer.join(drop_id)
             case 11 | 12:
                 viewer.room = chance.choice([0, 0, 1, 3])
             case _:

@@ -212,7 +212,7 @@ class Listener:
         self.watch.subscribe_all(positions, is_shown=is_shown)
 
     def join(self, drop_id: DropId) -> None:
-        """Between passes, as the watch wants it. What happened while it watched all, it hears of each drop it joins."""
+        """After `Hub.until_told`. Of each drop that it joins it hears what happened while it watched all."""
         tables = self._on.tables
         if self.watch.is_all:
             knew = {other: self.knows.get(other, Memory(0)) for other in tables}
