@@ -118,8 +118,8 @@ class Live:
                 socket = await opening.shake_hands(stream, nursery, MESSAGE_MAX)
             viewer = NativeViewer(service, socket, stream, nursery)
             self._viewers.add(viewer)
-            await viewer.identify_by(asked.headers)
-            await viewer.obey()
+            if await viewer.is_introduced(asked.headers):
+                await viewer.obey()
         except (trio.TooSlowError, ConnectionClosed, HandshakeError):
             pass
         finally:
@@ -200,6 +200,24 @@ class NativeViewer:
 
     # What it asks ------------------------------------------------------------------------------------
 
+    async def is_introduced(self, headers: Mapping[str, str]) -> bool:
+        """Take what the handshake says of the user. False: we could not, and it has been asked to come again.
+
+        It may have no other way to say who it is, and would never hear of its own holds.
+        """
+        if not ("x-user-id" in headers or "authorization" in headers):
+            return True
+        try:
+            await self._identify_by(headers)
+        except Exception as failure:  # noqa: BLE001 - explained to whom it concerns, and logged there
+            told = explained(failure)
+            self._complain(told)
+            if told.status_code >= 500:
+                self.watch.close()
+                await self._close(TRY_AGAIN_LATER, told.message)
+                return False
+        return True
+
     async def obey(self) -> None:
         """Do what it asks, until it is gone."""
         while True:
@@ -268,22 +286,15 @@ class NativeViewer:
             # Who a user is says the proxy, in the header of the handshake; what a client says here passes it by.
             raise ApiError(403, "NOT_ALLOWED", "The proxy of this server says who you are.")
         if settings.auth_mode is AuthMode.HEADER and asked.user_id is not None:
-            await self.identify_by({"x-user-id": asked.user_id}, is_asked=True)
+            await self._identify_by({"x-user-id": asked.user_id})
         elif asked.token is not None:
-            await self.identify_by({"authorization": f"Bearer {asked.token}"}, is_asked=True)
+            await self._identify_by({"authorization": f"Bearer {asked.token}"})
         else:
             raise ApiError(422, "VALIDATION_ERROR", "Say userId or token, as this server's AUTH_MODE wants it.")
 
-    async def identify_by(self, headers: Mapping[str, str], *, is_asked: bool = False) -> None:
-        """Take what the headers say of the user; without `is_asked` nothing need be said."""
-        if not is_asked and not ("x-user-id" in headers or "authorization" in headers):
-            return
-        try:
-            caller = await in_trio(self._service.auth.caller(headers))
-        except ApiError as failure:
-            self._complain(failure)
-        else:
-            self.watch.identify(caller.user_id)
+    async def _identify_by(self, headers: Mapping[str, str]) -> None:
+        caller = await in_trio(self._service.auth.caller(headers))
+        self.watch.identify(caller.user_id)
 
 
 def _is_key(text: str) -> bool:

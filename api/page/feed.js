@@ -133,7 +133,7 @@ export class Feed {
     const most = Math.min(FIRST_WAIT_MS * 2 ** (this.#failures - 1), LONGEST_WAIT_MS);
     const pause = 50 + most * Math.random();
     if (event.code === 1001) return pause + asked(event.reason);
-    if (event.code === 1013) return pause + 2_000; // it was too slow: not at once
+    if (event.code === 1013) return pause + 2_000; // it was too slow, or we were: not at once
     return pause;
   }
 

@@ -26,12 +26,14 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
 from api import live
+from api.auth import Caller
 from api.handlers import Gate, Service
 from api.settings import load
 from api.sockets import Sockets
 from engine.board import Board
 from engine.drop import Drop
 from engine.hub import Hub
+from engine.ledger import Unavailable
 from engine.model import DropId, Event, Reserved, UserId
 from tests.contract.conftest import PAGE
 from tests.contract.shop import INSTANT, PATIENCE_S, Shop, Wire, ahead, new_id, request
@@ -741,8 +743,9 @@ def test_server_stops_in_time_whatever_viewers_do(database: str, tmp_path: Path)
 class Stage:
     """Our sockets over a hub and a board, without engine and tables; its time limits are short."""
 
-    def __init__(self, sockets: Sockets, hub: Hub, board: Board, drop: Drop, port: int) -> None:
+    def __init__(self, sockets: Sockets, service: Any, hub: Hub, board: Board, drop: Drop, port: int) -> None:
         self.sockets = sockets
+        self.service = service
         self.hub = hub
         self.board = board
         self.drop = drop
@@ -762,9 +765,9 @@ class Stage:
         await sock.connect(("127.0.0.1", self.port))
         return trio.SocketStream(sock)
 
-    async def viewer(self, receive_buffer: int = 4_096) -> trio.SocketStream:
+    async def viewer(self, receive_buffer: int = 4_096, **headers: str) -> trio.SocketStream:
         stream = await self.client(receive_buffer)
-        await stream.send_all(handshake())
+        await stream.send_all(handshake(**headers))
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             head += await stream.receive_some(1)
@@ -790,7 +793,7 @@ async def stage(*, stall_s: float = 0.3, total: int = 100_000) -> AsyncIterator[
         nursery.start_soon(hub.run)
         await nursery.start(sockets.run)
         nursery.start_soon(accept, listening, sockets, nursery)
-        yield Stage(sockets, hub, board, drop, listening.getsockname()[1])
+        yield Stage(sockets, service, hub, board, drop, listening.getsockname()[1])
         sockets.cut()
         nursery.cancel_scope.cancel()
     listening.close()
@@ -929,3 +932,24 @@ async def test_silent_viewer_is_asked_and_then_cut_and_one_that_answers_stays(mo
                 await quiet.send_all(frame(PONG))
         assert on.sockets.count == 1
         assert set(payloads(await read_all(silent))) == {(PING, b"")}
+
+
+class UnreachableUsers:
+    async def caller(self, headers: Mapping[str, str]) -> Caller:
+        raise Unavailable("the connection was refused")
+
+
+async def test_who_cannot_be_looked_up_is_told_so_and_asked_to_come_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with stage() as on:
+        on.service.auth = UnreachableUsers()
+        async with await on.viewer(x_user_id=new_id()) as viewer:
+            (_, told), (opcode, closing) = payloads(await read_all(viewer))
+            assert json.loads(told)["code"] == "DATABASE_UNAVAILABLE"
+            assert (opcode, int.from_bytes(closing[:2], "big")) == (CLOSE, 1013)
+            assert closing[2:].decode() == json.loads(told)["message"]
+        async with await on.viewer() as nobody:  # who says nothing of itself waits for nothing
+            await nobody.send_all(subscribing())
+            assert await nobody.receive_some(1)
+    assert "viewer_failed" not in capsys.readouterr().out
