@@ -21,6 +21,9 @@ no length and no chunks; its end is the connection's. HTTP/2 (and a later reques
 through Quart: there a `Pipe` keeps one send of the hub's until Hypercorn has taken it, and Hypercorn at most 32 KiB of
 what the peer's window does not let out. Either way a reader that is too slow is conflated by the hub, and after its
 time limit sent away.
+
+A browser gives a stream up for good at any status but 200. So a page that comes while we cannot serve it, which
+elsewhere is 503, gets a stream that ends after its `retry`: it comes again by itself, as after a break.
 """
 
 import base64
@@ -57,7 +60,8 @@ RETRY_MS: Final = (500, 5_000)
 BEAT_S: Final = (15.0, 20.0)  # between two comments, and what a sweep may take more
 SWEEP_S: Final = 5.0
 UNASKED_MAX: Final = 65_536  # bytes that a client may say although it has nothing to say any more
-HEADERS: Final = (("Content-Type", "text/event-stream; charset=utf-8"), ("X-Accel-Buffering", "no"))
+EVENT_STREAM: Final = "text/event-stream"
+HEADERS: Final = (("Content-Type", f"{EVENT_STREAM}; charset=utf-8"), ("X-Accel-Buffering", "no"))
 BEAT: Final = b":\n\n"
 RESET: Final = b'event: reset\ndata: {"type":"reset"}\n\n'
 ALL: Final = "*"
@@ -226,6 +230,16 @@ async def wanted(service: Service, query: str, headers: Mapping[str, str]) -> Wa
     return Wanted(drop_ids, last_id, user_id)
 
 
+def retry() -> bytes:
+    """At which a page comes back, each at a time of its own."""
+    return b"retry: %d\n\n" % random.randint(*RETRY_MS)
+
+
+def is_to_come_again(failure: ApiError, headers: Mapping[str, str]) -> bool:
+    """Whether a page failed that would not come again by itself, and it is we who cannot serve it now."""
+    return failure.status_code == 503 and EVENT_STREAM in headers.get("accept", "").lower()
+
+
 class Sink(Protocol):
     """Where a stream's bytes go."""
 
@@ -246,7 +260,7 @@ class Stream:
     def __init__(self, service: Service, asked: Wanted, sink: Sink, end: Callable[[], None]) -> None:
         """`end` has the connection, or the answer, come to its end."""
         self.watch: Watch = service.hub.watch(self)
-        self.opening = b"retry: %d\n\n" % random.randint(*RETRY_MS)  # what the client hears before anything else
+        self.opening = retry()  # what the client hears before anything else
         self._service = service
         self._drop_ids = asked.drop_ids
         self._sink = sink
@@ -349,7 +363,11 @@ class Events:
             service = self._gate.enter()
             asked = await wanted(service, begun.query, begun.headers)
         except Exception as failure:  # noqa: BLE001 - explained to whom it concerns, and logged there
-            connection.write(opening.refusal(self._settings, explained(failure), begun))
+            told = explained(failure)
+            if begun is not None and is_to_come_again(told, begun.headers):
+                connection.write(opening.head(self._settings, 200, HEADERS, begun) + retry())
+            else:
+                connection.write(opening.refusal(self._settings, told, begun))
             return
 
         with trio.CancelScope() as serving:
@@ -370,9 +388,15 @@ class Events:
             app.add_url_rule(path, path, self._answer, methods=["GET"])
 
     async def _answer(self) -> Response:
-        service = self._gate.enter()
         headers = {name.lower(): value for name, value in request.headers.items()}
-        asked = await wanted(service, request.scope["query_string"].decode("latin-1"), headers)
+        try:
+            service = self._gate.enter()
+            asked = await wanted(service, request.scope["query_string"].decode("latin-1"), headers)
+        except Exception as failure:  # noqa: BLE001 - raised again, or told and logged as everywhere
+            told = explained(failure)
+            if request.method == "HEAD" or not is_to_come_again(told, headers):
+                raise told from None
+            return _streaming(Response(retry()))
         pipe = Pipe()
         response = EventsResponse(pipe)
 
@@ -387,9 +411,13 @@ class Events:
             pipe.end()
         else:
             response.streaming = streaming
-        for name, value in HEADERS:
-            response.headers[name] = value
-        return response
+        return _streaming(response)
+
+
+def _streaming(response: Response) -> Response:
+    for name, value in HEADERS:
+        response.headers[name] = value
+    return response
 
 
 class Pipe:

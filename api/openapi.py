@@ -427,7 +427,9 @@ def _live() -> Schema:
                 "liveEvents",
                 "live",
                 "The live feed as server-sent events",
-                "The answer has no end. Who says who they are hears of the end of their own holds too.",
+                "The answer has no end. Who says who they are hears of the end of their own holds too. In place of "
+                f"503, after which a browser would not come again, a request that accepts `{EVENT_STREAM}` gets 200, "
+                "`retry`, and the end.",
                 {200: streamed},
                 [*IDENTIFIED, *ANY_DROP, *FAULTS],
                 parameters=[

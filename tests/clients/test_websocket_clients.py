@@ -45,6 +45,12 @@ class Listener:
         heard = line["heard"]
         return heard.get("event", heard["type"]), heard["seq"]
 
+    def hear_in_the_end(self) -> tuple[str, int]:
+        """The same, where it may have come before the server was ready: then it was sent away to come again."""
+        while "life" in (line := self.next()):
+            pass
+        return line["heard"]["event"], line["heard"]["seq"]
+
     def live_through(self) -> Json:
         """Its connection ends, and some time later it has another one: how the first ended."""
         ended = self.next()
@@ -111,7 +117,7 @@ def test_event_source_hears_everything_through_a_restart(
         buyer.purchase(one)  # while the page waits for its `retry`
         shop.visitor().holds(two)
         page.live_through()
-        assert {page.hear() for _ in range(3)} == {
+        assert {page.hear_in_the_end() for _ in range(3)} == {
             ("ACTIVITY_UPDATED", 3),
             ("PURCHASE_COMPLETED", 3),
             ("STOCK_UPDATED", 2),

@@ -383,6 +383,48 @@ def test_stream_is_503_until_the_server_is_ready(tmp_path: Path) -> None:
         server.stop()
 
 
+ACCEPTS: Final = {"accept": "text/event-stream"}
+
+
+@pytest.mark.parametrize("protocol", ["HTTP/1.1", "HTTP/1.1 over TLS", "HTTP/2"])
+def test_page_that_comes_before_the_server_is_ready_comes_again(
+    tmp_path: Path, certificate: Path, protocol: str
+) -> None:
+    """An EventSource takes any other status for the end, for good."""
+    tls = {} if protocol == "HTTP/1.1" else {"TLS_CERTFILE": str(certificate)}
+    server = Server("postgresql://nobody@127.0.0.1:9/nowhere", tmp_path / "log", None, CORS_ORIGINS=PAGE, **tls)
+    url = f"{server.url}/api/v1/live/events?drops=*"
+    try:
+        server.start(until="/healthz")
+        with httpx.Client(verify=server.tls or True, http2=protocol == "HTTP/2", headers={"Origin": PAGE}) as http:
+            for is_later in (False, True):  # requests on one connection, which go different ways
+                if is_later:
+                    http.get(f"{server.url}/healthz")
+                answer = http.get(url, headers=ACCEPTS)
+                assert answer.status_code == 200
+                assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+                assert answer.headers["cache-control"] == "no-store"
+                assert answer.headers["access-control-allow-origin"] == PAGE
+                found = re.fullmatch(r"retry: (\d+)\n\n", answer.text)
+                assert found is not None
+                assert 500 <= int(found[1]) <= 5_000
+            for method, accept in (("GET", "*/*"), ("GET", "application/json"), ("HEAD", "text/event-stream")):
+                answer = http.request(method, url, headers={"accept": accept})
+                assert answer.status_code == 503
+                assert "retry-after" in answer.headers
+    finally:
+        server.stop()
+    assert "Traceback" not in server.log()
+
+
+def test_page_that_asks_for_what_there_is_not_is_told_so(shop: Shop) -> None:
+    for query, outcome in {
+        "?drops=7": (422, "VALIDATION_ERROR"),
+        f"?drops={new_id()}": (404, "DROP_NOT_FOUND"),
+    }.items():
+        assert refused(shop.server, query, **ACCEPTS) == outcome
+
+
 def test_stream_may_follow_other_requests_on_its_connection(shop: Shop) -> None:
     drop = shop.drop(total_stock=9)
     with Wire(shop.server) as wire:
