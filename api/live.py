@@ -250,7 +250,13 @@ class NativeViewer:
             case Subscribe(drops="*", resume=resume):
                 positions = _positions(resume)
                 await self._find(list(positions), is_asked=False)
-                self.watch.subscribe_all(positions)
+                left_out = self.watch.subscribe_all(positions)
+                if left_out:
+                    raise ApiError(
+                        422,
+                        "TOO_MANY_DROPS",
+                        f"There was no room for the last {len(left_out)} positions: subscribe to those drops by name.",
+                    )
             case Subscribe(drops=drops, resume=resume):
                 await self._subscribe([_id(text) for text in drops], _positions(resume))
             case Unsubscribe(drops="*"):

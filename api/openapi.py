@@ -35,6 +35,7 @@ from api.shapes import (
     record,
     ref,
 )
+from engine.hub import MARKS_MAX
 from engine.model import FaultCode, RefusalCode
 from persistence.usernames import NAME_LENGTH_MAX, NAME_LENGTH_MIN
 
@@ -417,6 +418,9 @@ def _live() -> Schema:
                 "The live feed over a WebSocket",
                 "Send `subscribe` with the drops to watch, or `*`, and `resume` with how far you had got: the newest "
                 "`seq`, or one less if you may have missed the last of its frames. "
+                f"With `*` the newest {MARKS_MAX:,} of the listed drops are shown and all are told of; name an older "
+                f"one to be shown it. A message has at most {live.MESSAGE_MAX:,} bytes, room for some 1,300 positions: "
+                "name the others in further messages. "
                 f"`{BASE}/live/events` is the same for those who have no WebSocket.",
                 {101: upgraded},
                 [*UP, "UPGRADE_REQUIRED", "ORIGIN_NOT_ALLOWED"],
@@ -427,7 +431,8 @@ def _live() -> Schema:
                 "liveEvents",
                 "live",
                 "The live feed as server-sent events",
-                "The answer has no end. Who says who they are hears of the end of their own holds too. In place of "
+                f"The answer has no end. Of all drops the newest {MARKS_MAX:,} that are listed are shown. Who says who "
+                "they are hears of the end of their own holds too. In place of "
                 f"503, after which a browser would not come again, a request that accepts `{EVENT_STREAM}` gets 200, "
                 "`retry`, and the end.",
                 {200: streamed},

@@ -217,28 +217,28 @@ class Watch:
             self._mark(drop_id, resume)
         self._hear()
 
-    def subscribe_all(self, resume: Mapping[DropId, int] | None = None, *, is_shown: bool = True) -> None:
+    def subscribe_all(self, resume: Mapping[DropId, int] | None = None, *, is_shown: bool = True) -> list[DropId]:
         """Watch every drop, those to come too. With `is_shown` the listed ones are shown, and those of `resume`.
 
-        So are those that it watches already.
+        So are those that it watches already, and they come first: with them and `resume`, it is as many as may be
+        marked, and of those that are listed the newest. Returned is for what there was no room, of `resume` the last.
         """
         if self.is_closed:
-            return
+            return []
         board = self._hub.board
         wanted = list(self.drops)
         if is_shown:
             wanted += [drop_id for drop_id in resume or {} if board.drop(drop_id) is not None]
         self.unsubscribe(list(self.drops))
         self._hub.forget_missed(self)
+        left_out = [drop_id for drop_id in wanted if not self._mark_if_room(drop_id, resume)]
         if not self.is_all:
             self.is_all = True
             self._hub.join_all(self)
-        for drop_id in wanted:
-            self._mark(drop_id, resume)
         for drop in board.listed(self._hub.marks_max, 0)[0] if is_shown else ():
-            if drop.terms.id in self.marks or len(self.marks) < self._hub.marks_max:
-                self._mark(drop.terms.id, resume)
+            self._mark_if_room(drop.terms.id, resume)
         self._hear()
+        return left_out
 
     def join(self, drop_id: DropId) -> None:
         """Watch this drop, which is on the board, from this instant on: it is not shown.
@@ -301,6 +301,12 @@ class Watch:
         seq = (resume or {}).get(drop_id, GONE)
         # A position beyond what is committed is none of ours.
         self._hub.mark(self, drop_id, seq if drop is not None and 0 < seq <= drop.seq else GONE)
+
+    def _mark_if_room(self, drop_id: DropId, resume: Mapping[DropId, int] | None) -> bool:
+        has_room = drop_id in self.marks or len(self.marks) < self._hub.marks_max
+        if has_room:
+            self._mark(drop_id, resume)
+        return has_room
 
     def _hear(self) -> None:
         """What is marked; who has not read what it was sent hears it when it has, however much it asks for."""

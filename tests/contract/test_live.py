@@ -934,6 +934,27 @@ async def test_silent_viewer_is_asked_and_then_cut_and_one_that_answers_stays(mo
         assert set(payloads(await read_all(silent))) == {(PING, b"")}
 
 
+async def test_who_resumes_more_than_there_is_room_for_is_told_so_and_may_name_the_rest() -> None:
+    async with stage() as on, await on.viewer() as viewer:
+        on.hub.marks_max = 1
+        other = DropId("0199c2f0-0000-7000-8000-000000000002")
+        on.board.show(born(terms(5, drop_id=other)))
+        said: list[Json] = [
+            {"type": "subscribe", "drops": "*", "resume": {STAGED: 1, other: 1}},
+            {"type": "subscribe", "drops": [other]},
+        ]
+        for message in said:
+            await viewer.send_all(frame(TEXT, json.dumps(message).encode()))
+        data = b""
+        with trio.fail_after(PATIENCE_S):
+            while b"snapshot" not in data:
+                data += await viewer.receive_some(65_536)
+        error, shown = (json.loads(payload) for _, payload in payloads(data))
+        assert (error["type"], error["code"]) == ("error", "TOO_MANY_DROPS")
+        assert "the last 1 positions" in error["message"]
+        assert shown["drop"]["id"] == other
+
+
 class UnreachableUsers:
     async def caller(self, headers: Mapping[str, str]) -> Caller:
         raise Unavailable("the connection was refused")

@@ -407,6 +407,27 @@ async def test_who_watches_all_is_shown_no_more_drops_than_can_be_remembered(aut
         assert len(ann.heard) == MARKS_MAX
 
 
+async def test_who_wants_more_than_can_be_remembered_is_told_for_what_there_was_no_room_and_stays(
+    autojump_clock: MockClock,
+) -> None:
+    async with watched(marks_max=3) as on:
+        drops = [DropId(f"drop-{number}") for number in range(6)]
+        for drop_id in drops:
+            on.make(drop_id)
+        await trio.sleep(1)
+        ann = on.viewer()
+        ann.subscribe(drops[:2])
+        on.reserve(drops[5], ANN)  # is to be told when it begins to watch all, and has to wait for its turn
+        assert ann.subscribe_all(dict.fromkeys(drops[2:5], 1)) == drops[3:5]
+        assert not ann.is_away
+        assert ann.said() == ["snapshot 1: 10"] * 4
+        await trio.sleep(1)
+        ann.subscribe(drops[3:5])
+        on.reserve(drops[3], ANN)
+        await trio.sleep(1)
+        assert ann.said(drops[3]) == ["snapshot 1: 10", "stock 2: 9"]
+
+
 # Who comes back ---------------------------------------------------------------------------------------
 
 

@@ -197,7 +197,7 @@ class Listener:
             self.expect(drop_id, positions.get(drop_id))
         self.watch.subscribe(drops, positions)
 
-    def subscribe_all(self, positions: dict[DropId, int] | None = None, *, is_shown: bool = True) -> None:
+    def subscribe_all(self, positions: dict[DropId, int] | None = None, *, is_shown: bool = True) -> list[DropId]:
         self.missed = {}
         listed = {drop.terms.id for drop in self._on.board.listed(1_000, 0)[0]} if is_shown else set()
         for drop_id, events in self._on.tables.items():
@@ -209,7 +209,10 @@ class Listener:
                 self.expect(drop_id, None)
             elif drop_id not in self.knows and not self.watch.is_all:
                 self.knows[drop_id] = Memory(len(events), event=len(events), stock=len(events))
-        self.watch.subscribe_all(positions, is_shown=is_shown)
+        left_out = self.watch.subscribe_all(positions, is_shown=is_shown)
+        for drop_id in left_out:
+            self.knows[drop_id] = Memory(ANYWHERE)
+        return left_out
 
     def join(self, drop_id: DropId) -> None:
         """After `Hub.until_told`. Of each drop that it joins it hears what happened while it watched all."""
