@@ -51,7 +51,6 @@ from api.settings import Settings
 from api.viewers import ViewerStream
 from engine.drop import Drop
 from engine.hub import News, Watch
-from engine.ledger import Unavailable
 from engine.model import DropId, UserId
 
 PATHS: Final = ("/api/v1/live/events", "/api/live/events")
@@ -225,8 +224,9 @@ async def wanted(service: Service, query: str, headers: Mapping[str, str]) -> Wa
     if len(words) > DROPS_MAX:
         raise invalid([Detail("drops", f'must not name more than {DROPS_MAX} drops; "*" is for all')])
     drop_ids = list(dict.fromkeys(DropId(schemas.path_id("drops", word)) for word in words))
-    for drop_id in drop_ids:
-        await in_trio(handlers.find_drop(service, drop_id))
+    with handlers.finding():
+        for drop_id in drop_ids:
+            await in_trio(handlers.find_drop(service, drop_id))
     return Wanted(drop_ids, last_id, user_id)
 
 
@@ -288,9 +288,8 @@ class Stream:
         if self._drop_ids is not None:
             self.watch.subscribe(self._drop_ids, self._resume)
             return
-        for drop_id in self._resume:  # one that has ended meanwhile may be in the tables alone
-            with suppress(ApiError, Unavailable):
-                await in_trio(handlers.find_drop(self._service, drop_id))
+        # One that has ended meanwhile may be in the tables alone.
+        await handlers.try_to_find_drops(self._service, self._resume)
         self.watch.subscribe_all(self._resume)
 
     def send(self, data: bytes) -> bool:

@@ -27,7 +27,6 @@ from api.settings import AuthMode, Settings
 from api.viewers import ViewerStream, frame
 from engine.drop import Drop
 from engine.hub import Direct, News, Watch
-from engine.ledger import Unavailable
 from engine.model import DropId, UserId
 
 PATHS: Final = ("/api/v1/live", "/api/live")
@@ -249,7 +248,7 @@ class NativeViewer:
         match asked:
             case Subscribe(drops="*", resume=resume):
                 positions = _positions(resume)
-                await self._find(list(positions), is_asked=False)
+                await handlers.try_to_find_drops(self._service, positions)
                 left_out = self.watch.subscribe_all(positions)
                 if left_out:
                     raise ApiError(
@@ -269,22 +268,15 @@ class NativeViewer:
     async def _subscribe(self, drop_ids: list[DropId], resume: Mapping[DropId, int]) -> None:
         if len(self.watch.drops.union(drop_ids)) > DROPS_MAX:
             raise ApiError(422, "TOO_MANY_DROPS", f'No more than {DROPS_MAX} drops by name; "*" watches all.')
-        self.watch.subscribe(await self._find(drop_ids, is_asked=True), resume)
-
-    async def _find(self, drop_ids: list[DropId], *, is_asked: bool) -> list[DropId]:
-        """Those that there are, on the board now; with `is_asked` it is told of each other one."""
         known = []
-        for drop_id in dict.fromkeys(drop_ids):
-            try:
-                await in_trio(handlers.find_drop(self._service, drop_id))
-                known.append(drop_id)
-            except ApiError as failure:
-                if is_asked:
+        with handlers.finding():
+            for drop_id in dict.fromkeys(drop_ids):
+                try:
+                    await in_trio(handlers.find_drop(self._service, drop_id))
+                    known.append(drop_id)
+                except ApiError as failure:
                     self._complain(failure, dropId=drop_id)
-            except Unavailable:  # one that the board has not is no reason to be told of none
-                if is_asked:
-                    raise
-        return known
+        self.watch.subscribe(known, resume)
 
     async def _identify(self, asked: Identify) -> None:
         settings = self._service.settings

@@ -25,9 +25,10 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
-from api import live
+from api import events, handlers, live
 from api.auth import Caller
 from api.handlers import Gate, Service
+from api.promises import Errands
 from api.settings import load
 from api.sockets import Sockets
 from engine.board import Board
@@ -953,6 +954,63 @@ async def test_who_resumes_more_than_there_is_room_for_is_told_so_and_may_name_t
         assert (error["type"], error["code"]) == ("error", "TOO_MANY_DROPS")
         assert "the last 1 positions" in error["message"]
         assert shown["drop"]["id"] == other
+
+
+class SilentTables:
+    """They answer nothing before `patience_s` is over, as a pool whose database is silent."""
+
+    def __init__(self, patience_s: float) -> None:
+        self.asked = 0
+        self.patience_s = patience_s
+
+    async def has_drop(self, drop_id: DropId) -> bool:
+        self.asked += 1
+        await trio.sleep(self.patience_s)
+        raise Unavailable("it did not answer")
+
+
+@pytest.mark.parametrize("has_sse", [False, True], ids=["WebSocket", "server-sent events"])
+@pytest.mark.parametrize(("patience_s", "find_s"), [(0.3, 60.0), (60.0, 0.3)], ids=["fails", "takes too long"])
+async def test_who_resumes_many_drops_that_are_not_in_memory_does_not_wait_for_each(
+    monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery, patience_s: float, find_s: float, has_sse: bool
+) -> None:
+    monkeypatch.setattr(handlers, "FIND_S", find_s)
+    async with stage() as on:
+        on.service.reads = tables = SilentTables(patience_s)
+        on.service.errands = Errands(nursery)
+        positions = {new_id(): 1 for _ in range(30)} | {STAGED: on.drop.seq}
+        on.reserve()
+        began = trio.current_time()
+        if has_sse:
+            viewer = await on.client()
+            last_id = "*" + "~".join(f"{events._short(DropId(drop_id))}.{seq}" for drop_id, seq in positions.items())
+            await viewer.send_all(request("GET", "/api/live/events?drops=*", last_event_id=last_id))
+        else:
+            viewer = await on.viewer()
+            asked = {"type": "subscribe", "drops": "*", "resume": positions}
+            await viewer.send_all(frame(TEXT, json.dumps(asked).encode()))
+        data = b""
+        async with viewer:
+            with trio.fail_after(PATIENCE_S):
+                while b'"STOCK_UPDATED"' not in data:
+                    data += await viewer.receive_some(65_536)
+        assert b"snapshot" not in data, "what the board has goes on where it was"
+        assert trio.current_time() - began < 2
+        assert tables.asked == 1
+
+
+async def test_who_names_drops_that_cannot_be_looked_up_is_told_so_in_time(
+    monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    monkeypatch.setattr(handlers, "FIND_S", 0.2)
+    async with stage() as on, await on.viewer() as viewer:
+        on.service.reads, on.service.errands = SilentTables(60.0), Errands(nursery)
+        asked = {"type": "subscribe", "drops": [STAGED, new_id()]}
+        await viewer.send_all(frame(TEXT, json.dumps(asked).encode()))
+        with trio.fail_after(PATIENCE_S):
+            (_, told), *more = payloads(await viewer.receive_some(65_536))
+        assert json.loads(told)["code"] == "DATABASE_UNAVAILABLE"
+        assert not more
 
 
 class UnreachableUsers:
