@@ -222,6 +222,7 @@ class Client:
 
 def _packet(message: str) -> Packet:
     try:
+        message.encode()  # half a surrogate pair cannot be sent back; JSON, which python-engineio reads, can name it
         packet = _Packet(encoded_packet=message)
     except (ValueError, TypeError, RecursionError, msgspec.DecodeError):
         raise Violation("This is no message.") from None

@@ -598,6 +598,8 @@ GARBAGE = [
     '42["a", NaN]',
     "40",  # once was enough
     '42/admin,["x"]',
+    r'4"0/\ud800,"',  # a message in JSON, with half a surrogate pair in the name of a namespace
+    r'4"2[\"\ud800\"]"',
     '4511-["x"]',
     '42999999-["x"]',
     '451-["x",{"_placeholder":true,"num":0}]\x1e42["no attachment"]',
