@@ -355,7 +355,9 @@ class Session:
         await self._goodbye.wait()
 
     async def probe(self, socket: WebSocketConnection, stream: ViewerStream) -> bool:
-        """See whether this WebSocket works; True: the session may move to it."""
+        """See whether this WebSocket works; True: the session moves to it, with no await before that."""
+        if self.is_upgrading or self.is_on_websocket or self.is_closed:
+            return False  # since it was admitted another one was faster, or the session has ended
         self.is_upgrading = True
         try:
             with trio.move_on_after(UPGRADE_S):

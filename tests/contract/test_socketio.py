@@ -879,6 +879,50 @@ async def test_session_that_has_ended_is_gone_without_the_collector(sessions: En
     assert hub.statistics().viewers == 0
 
 
+class Upgrading:
+    """A WebSocket whose client does what it should."""
+
+    def __init__(self) -> None:
+        self.says = ["2probe", "5"]
+
+    async def get_message(self) -> str:
+        await trio.sleep(1)
+        if not self.says:
+            await trio.sleep_forever()
+        return self.says.pop(0)
+
+    async def aclose(self, code: int, reason: str | None) -> None: ...
+
+
+async def test_of_two_websockets_that_are_admitted_at_once_one_takes_the_session(
+    sessions: EngineIo, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    session = sessions._open()
+    for _ in range(2):  # before either has shaken hands
+        assert sessions._checked("GET", OPEN | {"transport": "websocket", "sid": session.sid}, is_upgrade=True)
+    first, second, third = (cast(Any, Upgrading()) for _ in range(3))
+    stream = Slow(nursery)
+
+    async def move() -> None:
+        assert await session.probe(first, stream)
+        await session.listen(first, stream, nursery)
+
+    nursery.start_soon(move)
+    await trio.sleep(0.5)
+    assert not await session.probe(second, Slow(nursery))
+    await trio.sleep(2)
+    assert session._stream is stream
+    assert not await session.probe(third, Slow(nursery)), "it has moved"
+    assert second.says == third.says == ["2probe", "5"], "nobody listens to them"
+    assert session._stream is stream
+
+
+async def test_session_that_ended_while_its_websocket_shook_hands_does_not_move(sessions: EngineIo) -> None:
+    session = sessions._open()
+    session.close()
+    assert not await session.probe(cast(Any, Upgrading()), cast(Any, None))
+
+
 class Slow(ViewerStream):
     """Takes so many bytes at once, then waits."""
 
