@@ -261,7 +261,12 @@ class NativeViewer:
             case Unsubscribe(drops="*"):
                 self.watch.unsubscribe_all()
             case Unsubscribe(drops=drops):
-                self.watch.unsubscribe([_id(text) for text in drops])
+                drop_ids = [_id(text) for text in drops]
+                if drop_ids and self.watch.is_all:
+                    raise ApiError(
+                        422, "VALIDATION_ERROR", 'You watch all drops: unsubscribe "*", and name what to keep.'
+                    )
+                self.watch.unsubscribe(drop_ids)
             case Identify():
                 await self._identify(asked)
 

@@ -956,6 +956,33 @@ async def test_who_resumes_more_than_there_is_room_for_is_told_so_and_may_name_t
         assert shown["drop"]["id"] == other
 
 
+async def test_who_watches_all_cannot_leave_some_and_is_told_so() -> None:
+    async with stage() as on, await on.viewer() as viewer:
+
+        async def say(type: str, drops: object) -> None:
+            await viewer.send_all(frame(TEXT, json.dumps({"type": type, "drops": drops}).encode()))
+
+        async def hear() -> Json:
+            with trio.fail_after(PATIENCE_S):
+                (_, told), *more = payloads(await viewer.receive_some(65_536))
+            assert not more
+            heard: Json = json.loads(told)
+            return heard
+
+        await say("unsubscribe", [STAGED])  # which it does not watch: nothing to do
+        await say("subscribe", "*")
+        assert (await hear())["type"] == "snapshot"
+        await say("unsubscribe", [])
+        await say("unsubscribe", [STAGED])
+        assert (await hear())["code"] == "VALIDATION_ERROR"
+        on.reserve()
+        assert (await hear())["event"] == "STOCK_UPDATED", "nothing has changed"
+        await say("unsubscribe", "*")
+        await say("unsubscribe", [STAGED])
+        await say("subscribe", [STAGED])
+        assert (await hear())["type"] == "snapshot"
+
+
 class SilentTables:
     """They answer nothing before `patience_s` is over, as a pool whose database is silent."""
 
