@@ -418,6 +418,7 @@ def _live() -> Schema:
                 "The live feed over a WebSocket",
                 "Send `subscribe` with the drops to watch, or `*`, and `resume` with how far you had got: the newest "
                 "`seq`, or one less if you may have missed the last of its frames. "
+                "Send `identify` before a `subscribe` that resumes: else you do not hear of holds that ended. "
                 f"With `*` the newest {MARKS_MAX:,} of the listed drops are shown and all are told of; name an older "
                 f"one to be shown it. A message has at most {live.MESSAGE_MAX:,} bytes, room for some 1,300 positions: "
                 "name the others in further messages. "

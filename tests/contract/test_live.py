@@ -406,6 +406,18 @@ def test_expiry_is_told_to_its_user_alone(hasty: Shop) -> None:
             assert viewer.hears_nothing()
 
 
+def test_who_identifies_before_it_resumes_is_told_of_its_own_that_it_missed(hasty: Shop) -> None:
+    drop, user = hasty.drop(total_stock=5), hasty.visitor()
+    user.holds(drop)
+    with viewing(hasty.server) as watching:
+        watching.watch(drop, resume={drop["id"]: 2})
+        assert watching.event()[:2] == ("STOCK_UPDATED", 3)  # it has ended
+    with viewing(hasty.server) as viewer:
+        viewer.say("identify", userId=user.id)
+        viewer.watch(drop, resume={drop["id"]: 2})
+        assert [viewer.event()[:2] for _ in range(2)] == [("RESERVATION_EXPIRED", 3), ("STOCK_UPDATED", 3)]
+
+
 def test_who_says_wrongly_who_it_is_is_told_so_and_may_watch(shop: Shop) -> None:
     drop = shop.drop()
     with viewing(shop.server, X_User_Id="ann") as viewer:
