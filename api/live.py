@@ -249,13 +249,7 @@ class NativeViewer:
             case Subscribe(drops="*", resume=resume):
                 positions = _positions(resume)
                 await handlers.try_to_find_drops(self._service, positions)
-                left_out = self.watch.subscribe_all(positions)
-                if left_out:
-                    raise ApiError(
-                        422,
-                        "TOO_MANY_DROPS",
-                        f"There was no room for the last {len(left_out)} positions: subscribe to those drops by name.",
-                    )
+                self._has_room_for_all_but(self.watch.subscribe_all(positions))
             case Subscribe(drops=drops, resume=resume):
                 await self._subscribe([_id(text) for text in drops], _positions(resume))
             case Unsubscribe(drops="*"):
@@ -281,7 +275,12 @@ class NativeViewer:
                     known.append(drop_id)
                 except ApiError as failure:
                     self._complain(failure, dropId=drop_id)
-        self.watch.subscribe(known, resume)
+        self._has_room_for_all_but(self.watch.subscribe(known, resume))
+
+    def _has_room_for_all_but(self, left_out: list[DropId]) -> None:
+        if left_out:
+            told = f"There was no room for the last {len(left_out)} drops that you named: read on, and name them again."
+            raise ApiError(422, "TOO_MANY_DROPS", told)
 
     async def _identify(self, asked: Identify) -> None:
         settings = self._service.settings

@@ -202,20 +202,24 @@ class Watch:
         if not self.is_closed:
             self._hub.identify(self, user_id)
 
-    def subscribe(self, drops: Iterable[DropId], resume: Mapping[DropId, int] | None = None) -> None:
+    def subscribe(self, drops: Iterable[DropId], resume: Mapping[DropId, int] | None = None) -> list[DropId]:
         """Watch these drops, which are on the board, too: each is shown, or what happened to it since `resume`.
 
-        A drop that is watched already is shown again.
+        A drop that is watched already is shown again. Returned are the last ones, for which there is no room before it
+        has read of others: with them nothing happened.
         """
+        if self.is_closed:
+            return []
         self._hub.forget_missed(self)
+        left_out = []
         for drop_id in drops:
-            if self.is_closed:
-                return
-            if not self.is_all and drop_id not in self.drops:
+            if not self._mark_if_room(drop_id, resume):
+                left_out.append(drop_id)
+            elif not self.is_all and drop_id not in self.drops:
                 self.drops.add(drop_id)
                 self._hub.join(self, drop_id)
-            self._mark(drop_id, resume)
         self._hear()
+        return left_out
 
     def subscribe_all(self, resume: Mapping[DropId, int] | None = None, *, is_shown: bool = True) -> list[DropId]:
         """Watch every drop, those to come too. With `is_shown` the listed ones are shown, and those of `resume`.

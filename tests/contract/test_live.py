@@ -964,7 +964,7 @@ async def test_who_resumes_more_than_there_is_room_for_is_told_so_and_may_name_t
                 data += await viewer.receive_some(65_536)
         error, shown = (json.loads(payload) for _, payload in payloads(data))
         assert (error["type"], error["code"]) == ("error", "TOO_MANY_DROPS")
-        assert "the last 1 positions" in error["message"]
+        assert "the last 1 drops" in error["message"]
         assert shown["drop"]["id"] == other
 
 

@@ -428,6 +428,25 @@ async def test_who_wants_more_than_can_be_remembered_is_told_for_what_there_was_
         assert ann.said(drops[3]) == ["snapshot 1: 10", "stock 2: 9"]
 
 
+async def test_who_watches_all_and_names_more_before_it_has_read_is_told_for_what_there_was_no_room(
+    autojump_clock: MockClock,
+) -> None:
+    async with watched(marks_max=3) as on:
+        drops = [DropId(f"drop-{number}") for number in range(6)]
+        for drop_id in drops:
+            on.make(drop_id)
+            on.now += 1
+        await trio.sleep(1)
+        ann = on.viewer()
+        ann.room = 1
+        ann.subscribe_all()  # the newest three, of which it takes one
+        assert ann.subscribe(drops[:3]) == drops[1:3]
+        assert not ann.is_away
+        ann.read()
+        assert ann.subscribe(drops[1:3]) == []
+        assert sorted(message.drop_id for message in ann.heard) == sorted(drops)
+
+
 # Who comes back ---------------------------------------------------------------------------------------
 
 

@@ -189,13 +189,18 @@ class Listener:
     def said(self, drop_id: DropId | None = None) -> list[str]:
         return [str(message) for message in self.heard if drop_id in (None, message.drop_id)]
 
-    def subscribe(self, drops: Sequence[DropId], **resume: int) -> None:
+    def subscribe(self, drops: Sequence[DropId], **resume: int) -> list[DropId]:
         """As the watch does; `resume` by the last letter of the drop's id."""
         self.missed = {}
         positions = {drop_id: resume[drop_id[-1]] for drop_id in drops if drop_id[-1] in resume}
+        knew = dict(self.knows)
         for drop_id in drops:
             self.expect(drop_id, positions.get(drop_id))
-        self.watch.subscribe(drops, positions)
+        left_out = self.watch.subscribe(drops, positions)
+        for drop_id in left_out:
+            self.knows.pop(drop_id)
+        self.knows |= {drop_id: knew[drop_id] for drop_id in left_out if drop_id in knew}
+        return left_out
 
     def subscribe_all(self, positions: dict[DropId, int] | None = None, *, is_shown: bool = True) -> list[DropId]:
         self.missed = {}
@@ -281,12 +286,13 @@ class Listener:
                 assert message.latest == latest_at(self._on.bought[drop_id], seq), where
                 knows.latest = message.latest
             knows.event = seq
-        for missed in table[knows.position : seq - 1] if knows.position != ANYWHERE else ():
+        was_promised = knows.position != ANYWHERE
+        for missed in table[knows.position : seq - 1] if was_promised else ():
             assert not self._may_rely_on(drop_id, missed), f"{where}: {missed} went unsaid"
         knows.position = seq
         knows.available = knows.available if message.available is None else message.available
         knows.status = message.status or knows.status
-        if message.what == "stock" and knows.event < seq:
+        if message.what == "stock" and knows.event < seq and was_promised:
             assert not self._may_rely_on(drop_id, event), f"{where}: the stock came, the event did not"
 
     def _may_rely_on(self, drop_id: DropId, event: Event) -> bool:
