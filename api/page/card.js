@@ -9,6 +9,7 @@ const template = document.getElementById("card");
 const stillness = matchMedia("(prefers-reduced-motion: reduce)");
 
 const ENDS_SOON_MS = 3_600_000;
+const HANDED_ON_MS = 600; // in which a press may still be meant for the button that was there before
 
 export class Card {
   // `on` has reserve, buy and back, each called with the entry; `whoAmI` says our user id, if there is one.
@@ -34,9 +35,19 @@ export class Card {
     this.#paint(id);
     for (const action of ["reserve", "buy", "back"]) {
       this.parts[action].addEventListener("click", () => {
-        if (this.parts[action].getAttribute("aria-disabled") !== "true") on[action](this.entry);
+        if (this.parts[action].getAttribute("aria-disabled") === "true" || this.#isMeantForAnother(action)) return;
+        on[action](this.entry);
       });
     }
+    // Buttons take turns under one finger: a key that is held down is one press, of the button that it began on.
+    this.parts.actions.addEventListener("keydown", (event) => {
+      if (event.repeat && (event.key === "Enter" || event.key === " ")) event.preventDefault();
+    });
+    // Who has left a button and come back means that button.
+    this.parts.actions.addEventListener("focusout", () => {
+      this.handedOn = null;
+    });
+    this.handedOn = null; // to which button, and when (our clock)
     this.drawnBuyers = "";
     this.buyerTimes = [];
     this.drawnStock = null;
@@ -70,7 +81,9 @@ export class Card {
     if (hold) this.#countdown(hold, now);
     // A button that is pressed and gives way to another one hands its focus on.
     if (wasFocused && (document.activeElement.hidden || !parts.actions.contains(document.activeElement))) {
-      parts.actions.querySelector("button:not([hidden])").focus();
+      const heir = parts.actions.querySelector("button:not([hidden])");
+      heir.focus();
+      this.handedOn = { to: heir, at: performance.now() };
     }
 
     setHidden(parts.note, !entry.note);
@@ -80,6 +93,11 @@ export class Card {
     }
     this.#buyers(now);
     this.#stock(drop); // last, since its animation makes the browser settle what came before
+  }
+
+  // A second press of Enter, or of the mouse, can come when the button below it is another one already: it buys nothing.
+  #isMeantForAnother(action) {
+    return this.handedOn?.to === this.parts[action] && performance.now() - this.handedOn.at < HANDED_ON_MS;
   }
 
   #badge(is, now) {
