@@ -17,6 +17,7 @@ const FRAME_MS = 50; // after which we draw although the browser has not asked f
 const LIST_MAX = 100; // of one GET /drops
 const CARDS_STEP = 48; // cards at first, and for each "show more"
 const LATE_MS = 400; // after an instant, for the feed to say what happened at it; then we ask
+const ASK_AGAIN_MS = 5_000; // what became of a purchase
 const LAST_CALL_MS = 10_000; // before a hold's end, it is said once
 
 const byId = (id) => document.getElementById(id);
@@ -246,24 +247,60 @@ async function refreshHolds() {
   if ([...board.entries.values()].some((entry) => entry.busy)) return;
   const missing = outcome.data.items.filter((item) => !board.entries.has(item.drop_id));
   await Promise.all(missing.map((item) => refreshDrop(item.drop_id)));
-  for (const { entry, hold } of board.holding(outcome.data.items)) {
-    if (Date.parse(hold.expires_at) <= clock.now() + LATE_MS) sayRanOut(entry);
+  // What we hold is what came of our last reservation: its key has done its work.
+  for (const item of outcome.data.items) openKeys.delete(reserveSlot(item.drop_id));
+  const lost = board.holding(outcome.data.items).map(({ entry, hold }) => {
+    return { entry, hold, isOver: Date.parse(hold.expires_at) <= clock.now() + LATE_MS };
+  });
+  await sayWhatBecameOf(lost.filter(({ hold, isOver }) => isOver || openKeys.has(purchaseSlot(hold.id))));
+}
+
+// Of holds that are gone: it may be that they ran out, or that a purchase went through whose answer was lost.
+async function sayWhatBecameOf(lost) {
+  if (!lost.length) return;
+  const before = beginnings;
+  const bought = await refreshPurchases();
+  if (before !== beginnings) return; // they are somebody else's
+  for (const { entry, hold, isOver } of lost) {
+    const slot = purchaseSlot(hold.id);
+    if (bought?.has(hold.id) || entry.hold || entry.busy) continue;
+    // To press again, as was said last, is not possible any more.
+    if (!bought && openKeys.has(slot)) {
+      sayInDoubt(entry);
+      setTimeout(() => before === beginnings && sayWhatBecameOf([{ entry, hold, isOver }]), ASK_AGAIN_MS);
+      continue;
+    }
+    openKeys.delete(slot);
+    if (isOver) sayRanOut(entry);
   }
 }
 
+// The ids of the holds that we have bought; null where we could not find out.
 async function refreshPurchases() {
-  if (!identity.isWorthAsking) return;
+  if (!identity.isWorthAsking) return null;
   const outcome = await api.get("purchases/me?limit=100");
-  if (outcome.ok) board.bought(outcome.data.items);
+  if (!outcome.ok) return null;
+  const { items } = outcome.data;
+  board.bought(items);
+  for (const item of items) {
+    const entry = board.entries.get(item.drop_id);
+    // A press that goes on says itself what comes of it.
+    if (entry && !entry.busy && openKeys.delete(purchaseSlot(item.reservation_id))) sayBought(entry);
+  }
+  return new Set(items.map((item) => item.reservation_id));
 }
 
 // What we do ----------------------------------------------------------------------------------------------------------
 
-const openKeys = new Map(); // by action and drop: the key of a request of which we don't know what became
+// By what was to be done: the key of a request of which we don't know what became. A purchase is that of a hold: with the
+// key of another hold's purchase, the server would tell us once more of that one, and buy nothing.
+const openKeys = new Map();
+const reserveSlot = (dropId) => `reserve ${dropId} ${identity.id}`;
+const purchaseSlot = (holdId) => `purchase ${holdId}`;
 
 async function reserve(entry) {
   const { drop } = entry;
-  const outcome = await act(entry, "Reserving …", "POST", `drops/${drop.id}/reserve`, "reserve");
+  const outcome = await act(entry, "Reserving …", "POST", `drops/${drop.id}/reserve`, reserveSlot(drop.id));
   if (!outcome) return;
   if (outcome.ok) {
     const { reservation, drop: after } = outcome.data;
@@ -279,14 +316,14 @@ async function reserve(entry) {
 }
 
 async function buy(entry) {
-  const { drop } = entry;
-  const outcome = await act(entry, "Buying …", "POST", `drops/${drop.id}/purchase`, "purchase");
+  const { drop, hold } = entry;
+  if (!hold) return;
+  const outcome = await act(entry, "Buying …", "POST", `drops/${drop.id}/purchase`, purchaseSlot(hold.id));
   if (!outcome) return;
   const isBought = outcome.ok || (outcome.code === "ALREADY_PURCHASED" && outcome.wasInDoubt);
   if (isBought) {
-    const text = `Bought for ${price(drop.price, drop.currency)}. It is yours.`;
-    update(entry, { hold: null, bought: entry.bought + 1, note: { kind: "good", text } });
-    say(`You bought ${drop.name}.`);
+    update(entry, { hold: null, bought: entry.bought + 1 });
+    sayBought(entry);
     if (!feed.isLive) refreshDrop(drop.id);
   } else {
     refuse(entry, outcome);
@@ -309,8 +346,8 @@ async function back(entry) {
   settled();
 }
 
-// One press of a button, to its answer; null where there was nobody to act for.
-async function act(entry, busy, method, path, keyed) {
+// One press of a button, to its answer; null where there was nobody to act for. `slot` is where its key is kept.
+async function act(entry, busy, method, path, slot) {
   if (!identity.mayAct) {
     openPerson();
     return null;
@@ -318,10 +355,13 @@ async function act(entry, busy, method, path, keyed) {
   if (entry.busy) return null;
   update(entry, { busy, note: null });
   holdsAsked += 1; // what was asked before this says nothing about after it
-  const slot = `${keyed} ${entry.drop.id} ${identity.id}`;
-  const key = keyed && (openKeys.get(slot) ?? newId());
+  let key = slot && (openKeys.get(slot) ?? newId());
   const onWait = (outcome) => update(entry, { busy: outcome.leavesItOpen ? "Checking …" : "Still trying …" });
-  const outcome = await api.act(method, path, { key, onWait });
+  let outcome = await api.act(method, path, { key, onWait });
+  if (key && isPast(outcome)) {
+    key = newId();
+    outcome = await api.act(method, path, { key, onWait });
+  }
   if (key && outcome.isWorthRetrying) openKeys.set(slot, key);
   else openKeys.delete(slot);
   update(entry, { busy: "" });
@@ -331,6 +371,12 @@ async function act(entry, busy, method, path, keyed) {
     feed.identify();
   }
   return outcome;
+}
+
+// What became of an earlier press, and is of no use to this one: it was refused then, or what it reserved is over.
+function isPast({ isReplay, wasInDoubt, ok, data }) {
+  if (!isReplay || wasInDoubt) return false;
+  return !ok || (!data.purchase && Date.parse(data.reservation?.expires_at) <= clock.now());
 }
 
 function refuse(entry, outcome) {
@@ -353,6 +399,7 @@ function takeStock(entry, stock) {
 }
 
 function ranOut(entry) {
+  openKeys.delete(purchaseSlot(entry.hold.id)); // what has run out was not bought
   entry.hold = null;
   sayRanOut(entry);
 }
@@ -360,6 +407,19 @@ function ranOut(entry) {
 function sayRanOut(entry) {
   update(entry, { note: { kind: "info", text: "Your hold ran out, and the unit went back. You can reserve again." } });
   say(`Your hold on ${entry.drop.name} ran out.`);
+}
+
+function sayBought(entry) {
+  const { drop } = entry;
+  update(entry, { note: { kind: "good", text: `Bought for ${price(drop.price, drop.currency)}. It is yours.` } });
+  say(`You bought ${drop.name}.`);
+}
+
+function sayInDoubt(entry) {
+  const text = "Your hold is over, and we could not find out whether you bought it. We will say so once we know.";
+  if (entry.note?.text === text) return;
+  update(entry, { note: { kind: "info", text } });
+  say(`${entry.drop.name}: ${text}`);
 }
 
 function update(entry, fields) {
@@ -447,8 +507,11 @@ function becameSomebody() {
   tabs?.postMessage("mine");
 }
 
+let beginnings = 0;
+
 // Nothing that we had is ours any more.
 function startOver() {
+  beginnings += 1;
   holdsAsked += 1;
   board.holding([]);
   board.bought([]);

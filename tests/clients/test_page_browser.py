@@ -320,6 +320,65 @@ def test_answer_that_is_lost_on_its_way_is_asked_for_again_and_happens_once(
     assert stock(shop, drop) == 2
 
 
+def lose_answers(window: Window, path: str) -> list[str]:
+    """The window asks, the server does, and no answer comes back; under which keys it asked."""
+    keys: list[str] = []
+
+    def lose(route: Route) -> None:
+        keys.append(route.request.headers["idempotency-key"])
+        route.fetch()
+        route.abort()
+
+    window.page.route(path, lose)
+    return keys
+
+
+def test_purchase_whose_answer_is_lost_is_told_as_one_and_does_not_pass_for_the_next(
+    hasty: Server, open_window: OpenWindow
+) -> None:
+    drop = make_drop(hasty)
+    ann = open_window(hasty)
+    card = ann.card(drop)
+    ann.press(drop, "reserve")
+    expect(card.locator(".buy")).to_be_visible()
+    keys = lose_answers(ann, "**/purchase")
+    ann.press(drop, "buy")
+    expect(card.locator(".note")).to_contain_text("Bought for $129.00", timeout=25_000)
+    assert len(set(keys)) == 1
+    ann.page.unroute("**/purchase")
+
+    ann.page.wait_for_timeout(HANDED_ON_MS)
+    ann.press(drop, "reserve")
+    expect(card.locator(".buy")).to_be_visible()
+    with ann.page.expect_response("**/purchase") as answered:
+        ann.press(drop, "buy")
+    assert answered.value.status == 201
+    assert answered.value.request.headers["idempotency-key"] not in keys
+    expect(card.locator('.note[data-kind="good"]')).to_be_visible()
+    assert stock(hasty, drop) == 3
+
+
+def test_reservation_whose_answer_is_lost_does_not_pass_for_a_later_one(hasty: Server, open_window: OpenWindow) -> None:
+    drop = make_drop(hasty)
+    ann = open_window(hasty)
+    card = ann.card(drop)
+    ann.press(drop, "reserve")
+    ann.press(drop, "back")  # the server knows her: from now on she is asked about what is hers
+    expect(card.locator(".note")).to_contain_text("Given back")
+    ann.page.route("**/reservations/me", lambda route: route.abort())  # nor does she hear of it in another way
+    keys = lose_answers(ann, "**/reserve")
+    ann.page.wait_for_timeout(HANDED_ON_MS)
+    ann.press(drop, "reserve")
+    expect(card.locator(".note")).to_contain_text("Press again to find out", timeout=25_000)
+    ann.page.unroute("**/reserve")
+    ann.page.unroute("**/reservations/me")
+    ann.press(drop, "reserve")  # by now the first hold has run out
+    expect(card.locator(".hold")).to_be_visible()
+    expect(card.locator(".hold-time")).not_to_have_text("0:00")
+    assert len(set(keys)) == 1
+    assert stock(hasty, drop) == 4
+
+
 @pytest.mark.parametrize(
     ("status", "code", "said"),
     [
