@@ -65,12 +65,24 @@ export const CONNECTION_SAID = {
 
 // Money and numbers -----------------------------------------------------------------------------------------------
 
+// As ISO 4217 has it, where it is not 2: prices are in minor units by that list. Not as the browser has it, which follows
+// what people write (CLDR): no digits for HUF or IDR, and so a hundred times the price.
+const MINOR_DIGITS = new Map(
+  Object.entries({
+    0: "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF",
+    3: "BHD IQD JOD KWD LYD OMR TND",
+    4: "CLF UYW",
+  }).flatMap(([digits, currencies]) => currencies.split(" ").map((currency) => [currency, Number(digits)])),
+);
+
 const formats = new Map();
 
 function money(currency) {
   let format = formats.get(currency);
   if (!format) {
-    format = new Intl.NumberFormat(undefined, { style: "currency", currency });
+    const digits = minorDigits(currency);
+    const shape = { minimumFractionDigits: digits, maximumFractionDigits: digits };
+    format = new Intl.NumberFormat(undefined, { style: "currency", currency, ...shape });
     formats.set(currency, format);
   }
   return format;
@@ -78,7 +90,7 @@ function money(currency) {
 
 // How many of its digits are minor units: 2 for USD, 0 for JPY.
 export function minorDigits(currency) {
-  return money(currency).resolvedOptions().maximumFractionDigits;
+  return MINOR_DIGITS.get(currency) ?? 2;
 }
 
 export function price(minor, currency) {

@@ -423,6 +423,16 @@ def test_names_are_text_and_never_markup(shop: Server, open_window: OpenWindow) 
     assert ann.page.locator("main img, main b, main script").count() == 0
 
 
+@pytest.mark.parametrize(
+    ("currency", "shown"), [("HUF", "1,290.00"), ("USD", "$1,290.00"), ("JPY", "¥129,000"), ("KWD", "129.000")]
+)
+def test_price_is_in_the_minor_units_of_iso_4217(
+    shop: Server, open_window: OpenWindow, currency: str, shown: str
+) -> None:
+    drop = make_drop(shop, price=129_000, currency=currency)
+    expect(open_window(shop).card(drop).locator(".price")).to_contain_text(shown)
+
+
 def test_keyboard_alone_reserves_buys_and_keeps_its_place(shop: Server, open_window: OpenWindow) -> None:
     drop = make_drop(shop)
     ann = open_window(shop)
