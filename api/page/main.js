@@ -227,8 +227,9 @@ async function refreshMine() {
 }
 
 async function refreshMe() {
+  const { id, token } = identity;
   const outcome = await api.get("me");
-  if (!outcome.ok) return outcome;
+  if (!outcome.ok || identity.id !== id || identity.token !== token) return outcome; // of somebody whom we are no longer
   identity.introducedAs(outcome.data.user);
   drawPerson();
   for (const entry of board.entries.values()) board.onChange(entry);
@@ -367,8 +368,8 @@ async function act(entry, busy, method, path, slot) {
   update(entry, { busy: "" });
   if (outcome.status && !ABOUT_IDENTITY.has(outcome.code) && !identity.user) {
     identity.isIntroduced = identity.mode === "visitor";
-    await refreshMe();
-    feed.identify();
+    // Beside it: what came of the press is to be seen now.
+    refreshMe().then(() => feed.identify());
   }
   return outcome;
 }

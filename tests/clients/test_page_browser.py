@@ -433,6 +433,21 @@ def test_price_is_in_the_minor_units_of_iso_4217(
     expect(open_window(shop).card(drop).locator(".price")).to_contain_text(shown)
 
 
+def test_first_hold_of_a_visitor_is_shown_although_the_server_is_slow_to_say_who_it_is(
+    shop: Server, open_window: OpenWindow
+) -> None:
+    drop = make_drop(shop)
+    ann = open_window(shop)
+    waiting: list[Route] = []
+    ann.page.route("**/api/v1/me", lambda route: waiting.append(route))
+    ann.press(drop, "reserve")
+    expect(ann.card(drop).locator(".hold")).to_be_visible(timeout=2_000)
+    expect(ann.card(drop).locator(".reserve")).to_be_hidden()
+    assert len(waiting) == 1
+    waiting[0].continue_()
+    expect(ann.page.locator("#person-name")).not_to_have_text("Guest")
+
+
 def test_keyboard_alone_reserves_buys_and_keeps_its_place(shop: Server, open_window: OpenWindow) -> None:
     drop = make_drop(shop)
     ann = open_window(shop)
