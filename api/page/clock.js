@@ -2,13 +2,14 @@
 //
 // Each answer says that the server's clock stood at some instant while we waited for it, and so bounds the difference
 // of the two clocks from below and from above. What is known is where all those bounds overlap; when they do not, a
-// clock has jumped, and we begin again with what we heard last.
+// clock has jumped, and we begin again with what we heard last. Ours jumps too: many devices stop it while they sleep.
 
 export class ServerClock {
   #least = -Infinity; // of (server's clock - ours), ms
   #most = Infinity;
+  #hasJumped = false; // since an answer bounded it from above
 
-  // Ours: it never jumps when somebody sets the device's clock.
+  // Ours: it does not jump when somebody sets the device's clock.
   local() {
     return performance.now();
   }
@@ -24,6 +25,7 @@ export class ServerClock {
     const least = instant - until;
     const most = instant + resolution - from;
     const overlaps = least <= this.#most && most >= this.#least;
+    this.#hasJumped = most === Infinity && (this.#hasJumped || !overlaps);
     this.#least = overlaps ? Math.max(least, this.#least) : least;
     this.#most = overlaps ? Math.min(most, this.#most) : most;
   }
@@ -35,6 +37,8 @@ export class ServerClock {
 
   #offset() {
     if (Number.isFinite(this.#least) && Number.isFinite(this.#most)) return (this.#least + this.#most) / 2;
+    // A frame takes a moment to come here; the device's clock may be wrong by hours.
+    if (this.#hasJumped) return this.#least;
     const device = Date.now() - this.local();
     return Math.min(Math.max(device, this.#least), this.#most);
   }

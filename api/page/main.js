@@ -14,6 +14,7 @@ import { ABOUT_IDENTITY, CONNECTION, CONNECTION_SAID, count, minorDigits, price,
 
 const TICK_MS = 200; // a countdown is never later than this
 const FRAME_MS = 50; // after which we draw although the browser has not asked for a frame
+const SLEPT_MS = 2_000; // by which the device's clock and ours come apart from one tick to the next
 const LIST_MAX = 100; // of one GET /drops
 const CARDS_STEP = 48; // cards at first, and for each "show more"
 const LATE_MS = 400; // after an instant, for the feed to say what happened at it; then we ask
@@ -123,11 +124,29 @@ byId("more").addEventListener("click", () => {
 
 const asked = new Map(); // what we asked for because its time had come, by what it is: when (our clock)
 
+let apart = Date.now() - clock.local();
+
 setInterval(() => {
+  noticeSleep();
   const now = clock.now();
   for (const card of cards.values()) card.render(now);
   for (const entry of board.entries.values()) watch(entry, now);
 }, TICK_MS);
+
+// The device's clock goes on while it sleeps, and ours may not: then nothing that we know of the server's is true. Its
+// answer tells, and whoever has slept may have a socket that is dead.
+function noticeSleep() {
+  const before = apart;
+  apart = Date.now() - clock.local();
+  if (Math.abs(apart - before) <= SLEPT_MS) return;
+  readClock();
+  feed.restart();
+}
+
+// Any answer tells the server's time.
+function readClock() {
+  return api.get("drops?limit=1");
+}
 
 function watch(entry, now) {
   const { drop, hold } = entry;
@@ -191,6 +210,7 @@ function onConnection(state) {
 }
 
 function onOpened() {
+  readClock(); // a guest asks for nothing else, and frames say only what time it is not before
   refreshMine();
 }
 

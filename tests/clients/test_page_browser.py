@@ -413,6 +413,42 @@ def test_scheduled_drop_opens_by_the_servers_clock_whatever_this_devices_says(
     expect(ann.card(drop).locator(".hold-time")).to_have_text(re.compile(r"^(1:00|0:5\d)$"))
 
 
+SLEEPY: Final = """
+    const running = performance.now.bind(performance);
+    window.slept = 0;  // ms for which the page's own clock stood still
+    performance.now = () => running() - window.slept;
+"""
+
+
+@pytest.mark.usefixtures("feed")
+def test_countdown_is_right_again_after_the_device_has_slept(shop: Server, open_window: OpenWindow) -> None:
+    drop = make_drop(shop, status="scheduled", starts_at=ahead(50))
+    ann = open_window(shop, SLEEPY)
+    ann.expect_state("live")
+    badge = ann.card(drop).locator(".badge-text")
+    expect(badge).to_have_text(re.compile(r"^Opens in 0:[345]\d$"))
+    ann.page.evaluate("window.slept = 40_000")
+    ann.page.wait_for_timeout(1_000)  # some ticks, of which the first cannot know better than 1:2x
+    expect(badge).to_have_text(re.compile(r"^Opens in 0:[345]\d$"), timeout=3_000)
+
+
+def test_clock_that_only_hears_of_a_jump_goes_by_what_it_heard(shop: Server, open_window: OpenWindow) -> None:
+    ann = open_window(shop)
+    behind = ann.page.evaluate(
+        """async () => {
+            const { ServerClock } = await import("./page/clock.js");
+            const clock = new ServerClock();
+            const start = 1_000_000_000_000;  // 2001: far from what this device says
+            const local = clock.local();
+            clock.saw(start, 1000, local, local);
+            clock.heard(start + 60_000);
+            clock.heard(start + 60_100);
+            return clock.now() - (start + 60_100);
+        }"""
+    )
+    assert 0 <= behind < 1_000
+
+
 def test_names_are_text_and_never_markup(shop: Server, open_window: OpenWindow) -> None:
     bad = "<img src=x onerror=alert(1)><b>x</b>"
     drop = make_drop(shop, name=bad)
