@@ -58,6 +58,12 @@ export class Board {
     return positions;
   }
 
+  // The id of one that the server has not said it has no more; undefined where there is none.
+  anyDrop() {
+    for (const [id, entry] of this.entries) if (!entry.isUnlisted) return id;
+    return undefined;
+  }
+
   // Newest first.
   sorted() {
     return [...this.entries.values()].sort((a, b) =>

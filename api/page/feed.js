@@ -4,6 +4,8 @@
 // Attempts go on in all of them, each later than the one before, at random within that, so that a server which comes
 // back is not met by everybody at once.
 
+import { newId } from "./identity.js";
+
 const FIRST_WAIT_MS = 400;
 const LONGEST_WAIT_MS = 10_000;
 const OPEN_MS = 5_000; // for a socket to open
@@ -11,6 +13,8 @@ const POLL_MS = 2_000;
 const POLL_AFTER_ATTEMPTS = 2; // that failed to open
 const ASK_MS = 150; // in which questions about drops are collected
 const RESUME_MAX = 1_000; // positions in one frame, which the server bounds
+const QUIET_MS = 30_000; // without a frame: then we ask for one, since a dead socket and a quiet shop look the same
+const ANSWER_MS = 5_000; // for that one to come
 const AWAY_MS = 60_000; // a page hidden for so long may have slept; its socket may be dead without knowing
 
 export class Feed {
@@ -19,14 +23,17 @@ export class Feed {
   #retryTimer = 0;
   #openTimer = 0;
   #pollTimer = 0;
+  #quietTimer = 0;
   #isPolling = false;
   #hiddenAt = 0;
   #questions = new Set();
 
   // `on` is what it tells: frame(frame), state(state), opened(), and poll(), which fetches and says whether that went well.
-  constructor(identity, resumeFrom, on) {
+  // `resumeFrom` says where to go on, by drop, and `anyDrop` the id of a drop that is known.
+  constructor(identity, resumeFrom, anyDrop, on) {
     this.identity = identity;
     this.resumeFrom = resumeFrom;
+    this.anyDrop = anyDrop;
     this.on = on;
     this.state = "";
   }
@@ -35,8 +42,8 @@ export class Feed {
     addEventListener("online", () => this.restart());
     addEventListener("offline", () => this.#lost());
     document.addEventListener("visibilitychange", () => {
-      if (document.hidden) this.#hiddenAt = performance.now();
-      else if (performance.now() - this.#hiddenAt > AWAY_MS || this.state !== "live") this.restart();
+      if (document.hidden) this.#hiddenAt = Date.now(); // which goes on in sleep
+      else if (Date.now() - this.#hiddenAt > AWAY_MS || this.state !== "live") this.restart();
     });
     this.#set("connecting");
     this.#connect();
@@ -104,11 +111,26 @@ export class Feed {
     const known = Object.keys(resume).length;
     // Without a position there is a snapshot: what we know of too many drops is not worth its bytes.
     this.#send({ type: "subscribe", drops: "*", ...(known && known <= RESUME_MAX ? { resume } : {}) });
+    this.#heard(socket);
     this.on.opened();
+  }
+
+  // The socket lives. If it says no more for a while, make it say something.
+  #heard(socket) {
+    clearTimeout(this.#quietTimer);
+    this.#quietTimer = setTimeout(() => {
+      if (socket !== this.#socket) return;
+      // Of a drop that there is comes a snapshot, and of one that there isn't an error.
+      this.#send({ type: "subscribe", drops: [this.anyDrop() ?? newId()] });
+      this.#quietTimer = setTimeout(() => {
+        if (socket === this.#socket) this.restart();
+      }, ANSWER_MS);
+    }, QUIET_MS);
   }
 
   #received(socket, text) {
     if (socket !== this.#socket) return;
+    this.#heard(socket);
     this.#failures = 0; // it opens, and says something: not one that closes again at once
     let frame;
     try {
@@ -121,6 +143,7 @@ export class Feed {
 
   #closed(socket, event) {
     if (socket !== this.#socket) return;
+    clearTimeout(this.#quietTimer);
     clearTimeout(this.#openTimer);
     this.#socket = null;
     this.#failures += 1;
@@ -147,6 +170,7 @@ export class Feed {
 
   #drop() {
     clearTimeout(this.#openTimer);
+    clearTimeout(this.#quietTimer);
     const socket = this.#socket;
     this.#socket = null;
     socket?.close();

@@ -30,7 +30,7 @@ const identity = new Identity(setting("env"), setting("auth"));
 const api = new Api(identity, clock);
 const board = new Board();
 const cards = new Map(); // by the drop's id
-const feed = new Feed(identity, () => board.positions(), {
+const feed = new Feed(identity, () => board.positions(), () => board.anyDrop(), {
   frame: onFrame,
   state: onConnection,
   opened: onOpened,
@@ -189,7 +189,7 @@ function onFrame(frame) {
 function onFeedError(frame) {
   const entry = board.entries.get(frame.dropId);
   if (frame.code === "DROP_NOT_FOUND" && entry) update(entry, { isUnlisted: true });
-  else console.warn(`live feed: ${frame.code}: ${frame.message}`);
+  else if (frame.code !== "DROP_NOT_FOUND") console.warn(`live feed: ${frame.code}: ${frame.message}`);
 }
 
 function onConnection(state) {

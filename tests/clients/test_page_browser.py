@@ -25,7 +25,17 @@ from tests.conftest import _new_database
 from tests.server import Server, serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no browser tests: Playwright is not installed")
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, WebSocket, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import (  # noqa: E402
+    Browser,
+    BrowserContext,
+    Locator,
+    Page,
+    Route,
+    WebSocket,
+    WebSocketRoute,
+    expect,
+    sync_playwright,
+)
 
 CHROMIUM: Final = Path("/usr/bin/chromium")
 FLAGS: Final = [
@@ -585,6 +595,51 @@ def test_after_a_break_the_page_resumes_where_it_was(shop: Server, open_window: 
     assert ours
     assert {message["type"] for message in ours} == {"event"}
     assert ours[-1]["seq"] == 5
+
+
+@pytest.mark.usefixtures("feed")
+def test_socket_that_is_quiet_is_asked_and_a_dead_one_is_given_up(
+    server: EmbeddedServer, template: str, tmp_path: Path, open_window: OpenWindow
+) -> None:
+    # A shop of its own: drops that open while we let the time run would have the page ask, too.
+    with _new_database(server, template) as dsn, serving(dsn, tmp_path / "log") as running:
+        make_drop(running)
+        ann = open_window(running)
+        ann.expect_state("live")
+        ann.page.clock.install()
+        is_dead = False
+        opened: list[WebSocketRoute] = []
+        asked: list[Any] = []
+
+        def between(page_side: WebSocketRoute) -> None:
+            opened.append(page_side)
+            server_side = page_side.connect_to_server()
+
+            def to_server(text: str | bytes) -> None:
+                asked.append(json.loads(text))
+                if not is_dead:
+                    server_side.send(text)
+
+            page_side.on_message(to_server)
+
+        ann.page.route_web_socket("**/live", between)
+        ann.page.reload()
+        ann.expect_state("live")
+        ann.page.wait_for_timeout(500)
+        asked.clear()
+        ann.page.clock.run_for(31_000)
+        assert [len(message["drops"]) for message in asked] == [1]  # by its id
+        ann.page.wait_for_timeout(500)  # for the answer
+        ann.page.clock.run_for(6_000)
+        assert len(opened) == 1
+
+        is_dead = True
+        ann.page.clock.run_for(26_000)  # 32 s after that answer
+        assert len(asked) == 2
+        assert len(opened) == 1
+        ann.page.clock.run_for(6_000)
+        ann.page.wait_for_timeout(500)
+        assert len(opened) == 2
 
 
 @pytest.mark.usefixtures("feed")
