@@ -5,6 +5,8 @@
 // change (RESERVATION_EXPIRED), or does not say all of it (PURCHASE_COMPLETED), moves it not. What came without a seq (by
 // polling) gives way to any frame.
 
+const OVER = new Set(["ended", "cancelled"]);
+
 export class Board {
   constructor() {
     this.entries = new Map(); // by the drop's id
@@ -51,10 +53,11 @@ export class Board {
     return this.#put(drop, this.entries.get(drop.id)?.seq ?? -1);
   }
 
-  // Where to go on, by drop.
+  // Where to go on, by drop. Not of drops that are over: there is little to miss, and a page that has been open for weeks
+  // would know of more of them than the feed takes.
   positions() {
     const positions = {};
-    for (const [id, entry] of this.entries) if (entry.seq > 0) positions[id] = entry.seq;
+    for (const [id, { seq, drop }] of this.entries) if (seq > 0 && !OVER.has(drop.status)) positions[id] = seq;
     return positions;
   }
 

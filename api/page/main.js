@@ -405,7 +405,8 @@ function refuse(entry, outcome) {
   update(entry, { note: { kind: "bad", text } });
   say(`${entry.drop.name}: ${text}`);
   if (outcome.code === "DROP_NOT_FOUND") update(entry, { isUnlisted: true });
-  if (outcome.code === "DROP_NOT_ACTIVE" && !feed.isLive) refreshDrop(entry.drop.id);
+  // Also with a live feed: it may have had no frame of what the refusal knows.
+  if (outcome.code === "DROP_NOT_ACTIVE") refreshDrop(entry.drop.id);
 }
 
 // After each of our actions: what is ours, as the server says; and the other tabs of this browser ask as well.

@@ -409,6 +409,44 @@ def test_refusals_are_put_in_words(shop: Server, open_window: OpenWindow, status
     expect(ann.page.locator("#announcer")).to_contain_text(said)
 
 
+@pytest.mark.usefixtures("feed")
+def test_drop_is_looked_at_again_when_it_is_not_open_although_the_page_thought_so(
+    shop: Server, open_window: OpenWindow
+) -> None:
+    drop = make_drop(shop)
+    ann = open_window(shop)
+    asked: list[Any] = []
+
+    def listen(opened: WebSocket) -> None:
+        opened.on("framesent", lambda text: asked.append(json.loads(text)))
+
+    ann.page.on("websocket", listen)
+    ann.page.reload()
+    ann.expect_state("live")
+    expect(ann.left(drop)).to_have_text("5")
+    body = {"success": False, "error": {"code": "DROP_NOT_ACTIVE", "message": "Not open."}, "meta": {}}
+    ann.page.route("**/reserve", lambda route: route.fulfill(status=409, json=body))
+    ann.press(drop, "reserve")
+    expect(ann.card(drop).locator('.note[data-kind="bad"]')).to_contain_text("not open right now")
+    ann.page.wait_for_timeout(500)
+    assert {"type": "subscribe", "drops": [drop]} in asked
+
+
+def test_page_goes_on_where_it_was_only_with_drops_that_are_not_over(shop: Server, open_window: OpenWindow) -> None:
+    ann = open_window(shop)
+    positions = ann.page.evaluate(
+        """async () => {
+            const { Board } = await import("./page/board.js");
+            const board = new Board();
+            for (const status of ["scheduled", "live", "paused", "ended", "cancelled"]) {
+                board.apply({ type: "snapshot", seq: 7, drop: { id: status, status } });
+            }
+            return board.positions();
+        }"""
+    )
+    assert positions == {"scheduled": 7, "live": 7, "paused": 7}
+
+
 def test_scheduled_drop_opens_by_the_servers_clock_whatever_this_devices_says(
     shop: Server, open_window: OpenWindow
 ) -> None:
