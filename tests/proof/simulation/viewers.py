@@ -189,7 +189,11 @@ class Viewer:
 
     def _subscribe(self, watch: Watch, positions: dict[DropId, int]) -> None:
         if self._chance.random() < 0.4:
-            watch.subscribe_all(dict(positions))  # who watches all is not shown what is not listed
+            # Who watches all is not shown what is not listed.
+            if watch.subscribe_all(dict(positions)) and self._life is not None:
+                # There was no room for all of them, and it has been told so: of those it has missed what it has missed.
+                self._numbers[self._life.machine.number] = self._world.new_viewer()
+                positions.clear()
             return
         resume = positions if self._chance.random() < 0.7 else {}
         shown = [drop_id for drop_id in self._some() if watch._hub.board.drop(drop_id) is not None]
