@@ -353,11 +353,11 @@ class PostgresLedger:
                 self._dsn, timeout_s=self._options.connect_timeout_s, application_name="holdfast ledger"
             )
             async with conn:
-                lock_timeout_ms = int(self._options.lock_timeout_s * 1000)
+                limits = {"lock_timeout": str(int(self._options.lock_timeout_s * 1000))}
+                if conn.info.server_version >= _TRANSACTION_TIMEOUT_SINCE:
+                    limits["transaction_timeout"] = "0"
                 with trio.fail_after(self._options.connect_timeout_s):
-                    await _set(conn, {**_SESSION_SETTINGS, "lock_timeout": str(lock_timeout_ms)})
-                    if conn.info.server_version >= _TRANSACTION_TIMEOUT_SINCE:
-                        await _set(conn, {"transaction_timeout": "0"})
+                    await _set(conn, {**_SESSION_SETTINGS, **limits})
                 yield conn
         except (psycopg.Error, trio.TooSlowError) as error:
             raise self._fault(error, was_sent=False) from error

@@ -565,28 +565,21 @@ async def test_drain_waits_for_answers_and_says_that_they_are_the_last(
         assert len(slow.asked) == 1
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [RuntimeError("a bug"), ApiError(422, "VALIDATION_ERROR", "half a surrogate pair: \ud800")],
+    ids=["a bug", "one that cannot be told"],
+)
 async def test_exception_of_a_handler_is_500_and_the_lane_lives_on(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    running: Running, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     async with running() as lane:
         slow, peer = Slow(lane, monkeypatch), await lane.connect()
         await peer.send(HOT + COLD)
         await until(lambda: len(slow.asked) == 1)
-        slow.asked[0].fail(RuntimeError("a bug"))
+        slow.asked[0].fail(failure)
         assert await peer.status() == 500
         assert b"INTERNAL_ERROR" in peer.body
-        assert await peer.status() == 200
-
-
-async def test_failure_that_cannot_be_told_is_500_and_the_lane_lives_on(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with running() as lane:
-        slow, peer = Slow(lane, monkeypatch), await lane.connect()
-        await peer.send(HOT + COLD)
-        await until(lambda: len(slow.asked) == 1)
-        slow.asked[0].fail(ApiError(422, "VALIDATION_ERROR", "half a surrogate pair: \ud800"))
-        assert await peer.status() == 500
         assert await peer.status() == 200
 
 
